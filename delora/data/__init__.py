@@ -1,0 +1,104 @@
+"""Rows of a task, wherever they come from."""
+
+import hashlib
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from delora.tasks import Task
+
+
+@dataclass
+class Rows:
+    """The rows of one split.
+
+    Attributes:
+        texts: a tuple of texts (one or two) a row.
+        labels: (rows,) int64 class ids, or float64 scores.
+    """
+
+    texts: list[tuple[str, ...]]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.texts)
+
+
+@dataclass
+class Dataset:
+    """The splits "train" and "validation" of a task; MNLI's validation is the matched one, beside
+    "validation_mismatched".
+
+    Attributes:
+        source: "files", "cache", "hub" or "synthetic".
+        sha256: a hash of all rows in order; the same rows have the same hash from every source.
+    """
+
+    task: Task
+    splits: dict[str, Rows]
+    source: str
+    sha256: str
+
+
+def load(
+    task: Task,
+    *,
+    source: str = "auto",
+    dir: str | None = None,
+    rows: Mapping[str, int] | None = None,
+    seed: int = 0,
+) -> Dataset:
+    """Loads the rows of a task: from TSV files if a folder is given, else the Hugging Face cache, else the hub.
+
+    Args:
+        source: "auto", or "synthetic" for generated sentences.
+        dir: a folder with GLUE's official layout (MRPC/train.tsv, ...); None takes the environment variable
+            DELORA_DATA, where set.
+        rows: rows of "train" and "validation" (MNLI: of each), synthetic data only; None takes GLUE's sizes.
+        seed: of the generator, synthetic data only.
+
+    Raises:
+        UserError: rows are missing or not GLUE's; all faults of all files together.
+    """
+    if source == "synthetic":
+        from delora.data import synthetic
+
+        sizes = {split: rows[split.split("_")[0]] if rows else n for split, n in task.rows.items()}
+        return _dataset(task, synthetic.generate(task, sizes, seed), "synthetic")
+    from delora.data import glue
+
+    if folder := dir or os.environ.get("DELORA_DATA"):
+        return _dataset(task, glue.read_files(task, folder), "files")
+    if (splits := glue.read_cache(task)) is not None:
+        return _dataset(task, splits, "cache")
+    return _dataset(task, glue.fetch(task), "hub")
+
+
+def missing(task: Task, *, source: str = "auto", dir: str | None = None) -> str | None:
+    """What `load` would not find and the commands that mend it, or None. Answers within seconds and reads no rows."""
+    if source == "synthetic":
+        return None
+    from delora.data import glue
+
+    if folder := dir or os.environ.get("DELORA_DATA"):
+        return glue.missing_files(task, folder)
+    return glue.missing_from_hub(task)
+
+
+def _dataset(task: Task, splits: dict[str, Rows], source: str) -> Dataset:
+    splits = {"validation" if name == "validation_matched" else name: rows for name, rows in splits.items()}
+    return Dataset(task, splits, source, _content_hash(task, splits))
+
+
+def _content_hash(task: Task, splits: Mapping[str, Rows]) -> str:
+    digest = hashlib.sha256(task.name.encode())
+    for name, rows in sorted(splits.items()):
+        texts = [text.encode() for row in rows.texts for text in row]
+        labels = rows.labels.astype("<i8" if task.labels else "<f8")
+        # Lengths keep the borders between texts, so that no two lists of rows hash alike.
+        lengths = np.array([len(text) for text in texts], dtype="<i8")
+        for part in (f"{name} {len(rows)}".encode(), lengths.tobytes(), b"".join(texts), labels.tobytes()):
+            digest.update(part)
+    return digest.hexdigest()

