@@ -4,12 +4,7 @@ Inputs are (K·B, T), trial after trial; the encoder's own code is unchanged. Sh
 """
 
 import copy
-import hashlib
-import importlib.resources
-import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -23,9 +18,12 @@ from delora.config import Trial, matches
 from delora.errors import UserError
 from delora.methods.base import PER_TRIAL, Method
 from delora.randomness import Draw, Dropout, TokenKeys
-from delora.tasks import Task
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}  # of weights, not of autocast
+DTYPES = {
+    "float32": torch.float32,
+    "bfloat16": torch.float32,
+    "float64": torch.float64,
+}  # of weights, not of autocast
 HEADS = ("classifier", "score")  # what transformers names a sequence classification head
 ATTENTION = "delora"
 
@@ -95,10 +93,14 @@ class Fleet(nn.Module):
                 _replace(base, name, Dropout(self.keys, name, [module.p] * len(seeds)))
 
     def _train_head(self, seeds: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-        linears = [n for n, m in self.base.named_modules() if isinstance(m, nn.Linear) and n.split(".")[0] in HEADS]
+        linears = [
+            n for n, m in self.base.named_modules() if isinstance(m, nn.Linear) and n.split(".")[0] in HEADS
+        ]
         if not linears:
             names = " or ".join(HEADS)
-            raise UserError(f"{type(self.base).__name__} has no classification head: no linear layer under {names}")
+            raise UserError(
+                f"{type(self.base).__name__} has no classification head: no linear layer under {names}"
+            )
         std = getattr(self.base.config, "initializer_range", 0.02)
         for name in linears:
             linear = self.base.get_submodule(name)
@@ -111,7 +113,9 @@ class Fleet(nn.Module):
         names = [n for n in linears if any(matches(pattern, n) for pattern in config.targets)]
         if not names:
             known = ", ".join(sorted({n.split(".")[-1] for n in linears}))
-            raise UserError(f"method.targets={config.targets}: no linear layer of the encoder matches (it has: {known})")
+            raise UserError(
+                f"method.targets={config.targets}: no linear layer of the encoder matches (it has: {known})"
+            )
         method, options = get_class(config.target), method_options(self.trials, dtype, device)
         rates = [trial.method.dropout for trial in self.trials]
         for name in names:
@@ -152,7 +156,9 @@ class Fleet(nn.Module):
 
     def frozen(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The encoder's own parameters by name."""
-        return ((n, p) for n, p in self.base.named_parameters() if not p.requires_grad and ".method." not in n)
+        return (
+            (n, p) for n, p in self.base.named_parameters() if not p.requires_grad and ".method." not in n
+        )
 
     def checksum(self) -> Tensor:
         """A checksum of the frozen weights' bits, int64, left on the device."""
@@ -193,7 +199,9 @@ class Fleet(nn.Module):
         """
         own = self._trial_tensors()
         if own.keys() != state.keys() or any(own[n][trial].shape != t.shape for n, t in state.items()):
-            odd = sorted(own.keys() ^ state.keys()) or [n for n, t in state.items() if own[n][trial].shape != t.shape]
+            odd = sorted(own.keys() ^ state.keys()) or [
+                n for n, t in state.items() if own[n][trial].shape != t.shape
+            ]
             raise UserError(f"the adapter does not fit this model and method: {', '.join(odd[:4])}")
         for name, tensor in state.items():
             own[name][trial] = tensor
@@ -207,7 +215,9 @@ class Fleet(nn.Module):
             elif isinstance(module, HeadLinear):
                 weight, bias = module.weight[trial], None if module.bias is None else module.bias[trial]
             elif isinstance(module, Dropout):
-                if not name.endswith(".dropout") or not isinstance(base.get_submodule(name[:-8]), AdaptedLinear):
+                if not name.endswith(".dropout") or not isinstance(
+                    base.get_submodule(name[:-8]), AdaptedLinear
+                ):
                     _replace(base, name, nn.Dropout(module.p))
                 continue
             else:

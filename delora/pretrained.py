@@ -18,7 +18,12 @@ from delora.errors import UserError
 from delora.tasks import Task
 
 # A checkpoint holds its weights under one of these, the first found is used.
-WEIGHTS = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+WEIGHTS = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 OTHER_FILES = ("*.json", "*.txt", "*.model")
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # RoBERTa's, in its order
 
@@ -78,7 +83,9 @@ def _on_disk(config: ModelConfig) -> Path | None:
     if not folder.is_dir():
         try:
             folder = Path(
-                huggingface_hub.snapshot_download(config.source, revision=config.revision, local_files_only=True)
+                huggingface_hub.snapshot_download(
+                    config.source, revision=config.revision, local_files_only=True
+                )
             )
         except (LocalEntryNotFoundError, ValueError):
             return None

@@ -99,7 +99,9 @@ class Dropout(nn.Module):
         device = keys.key_KBT.device
         drop_K = [min(round(p * (1 << 32)), (1 << 32) - 1) for p in rates]
         self.threshold_K = torch.tensor([d - (1 << 31) for d in drop_K], dtype=torch.int32, device=device)
-        self.scale_K = torch.tensor([1 / (1 - d / (1 << 32)) for d in drop_K], dtype=torch.float64, device=device)
+        self.scale_K = torch.tensor(
+            [1 / (1 - d / (1 << 32)) for d in drop_K], dtype=torch.float64, device=device
+        )
 
     @property
     def p(self) -> float:

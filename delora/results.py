@@ -94,7 +94,7 @@ class Origin(TypedDict):
 
 
 class MadeBy(TypedDict):
-    """What made a result; more may be there, see `provenance`. `commit` ends with -dirty for an edited checkout."""
+    """What made a result, as `provenance` tells. `commit` ends with -dirty for an edited checkout."""
 
     delora: str | None
     commit: str | None
@@ -109,7 +109,7 @@ class MadeBy(TypedDict):
 
 
 class Result(TypedDict):
-    """result.json. `best` and `last` are null where nothing was scored before the trial diverged or failed."""
+    """result.json. `best` and `last` are null where nothing was scored before the trial broke off."""
 
     schema: int
     id: str
@@ -205,13 +205,13 @@ def _plain(value: Any) -> Any:
 class TrialFolder:
     """The folder of one trial, held by this process alone until `close`; made by `open_trial`.
 
-    It is followed by its handle, not its name: what is written never lands in another folder that took the name.
+    It is held by its handle, not its name: nothing is ever written to another folder that took the name.
     All methods that write raise ResultsError where the disk is full or the folder was removed.
 
     Attributes:
         path: where it is.
         finished: the stored result of a trial that is done or diverged; such a folder is never written to.
-        left_over: an earlier process began this trial and did not finish it: `restart`, or `rewind` to a checkpoint.
+        left_over: an earlier process began this trial and did not finish it: `restart`, or `rewind` to go on.
     """
 
     def __init__(self, path: Path, config: dict[str, Any]):
@@ -242,7 +242,7 @@ class TrialFolder:
         self._cut(METRICS, 0)
 
     def rewind(self, step: int) -> None:
-        """Keeps the metrics up to and with `step`, where the trial goes on from a checkpoint made after recording them."""
+        """Keeps the metrics up to and with `step`, from where the trial goes on."""
         kept = 0
         with self._writing(METRICS):
             data = self._read(METRICS)
@@ -253,9 +253,8 @@ class TrialFolder:
                 if json.loads(line)["step"] > step:
                     break
             except (ValueError, KeyError, TypeError):
-                raise ResultsError(
-                    f"{self.path / METRICS}, line {number}: damaged. Delete {self.path} to run the trial anew."
-                ) from None
+                where = f"{self.path / METRICS}, line {number}"
+                raise ResultsError(f"{where}: damaged. Delete the folder to run the trial anew.") from None
             kept += len(line)
         self._cut(METRICS, kept)
 
@@ -271,7 +270,7 @@ class TrialFolder:
                 raise
 
     def save(self, name: str, data: bytes) -> None:
-        """Writes a file whole, or leaves the earlier one. What was recorded before it is on disk before it."""
+        """Writes a file whole, or leaves the earlier one. What was recorded before is on disk before."""
         temporary = f".{name}.tmp"
         with self._writing(name):
             try:
@@ -375,9 +374,8 @@ class TrialFolder:
         except FileNotFoundError:
             return
         except (ValueError, RecursionError) as error:
-            raise UserError(
-                f"{self.path / RESULT}: {error}. Choose another name=..., or delete the folder to run the trial anew."
-            ) from None
+            advice = "Choose another name=..., or delete the folder to run the trial anew."
+            raise UserError(f"{self.path / RESULT}: {error}. {advice}") from None
         if result["status"] != "failed":
             self.finished, self.left_over = result, False
 
@@ -412,7 +410,7 @@ def open_trial(path: Path | str, config: Mapping[str, Any], ignore: Collection[s
 
     Args:
         config: the resolved config.
-        ignore: dotted keys, or groups of them, that may differ from an earlier run of the same trial ("logger").
+        ignore: dotted keys or groups ("logger") that may differ from an earlier run of the same trial.
 
     Raises:
         UserError: another process holds the folder; it holds a trial with another config, or foreign files.
@@ -490,7 +488,7 @@ class StoredTrial:
         return cast(Iterator[Evaluation], self._records("evaluation", other="step"))
 
     def steps(self) -> Iterator[Step]:
-        """Its recorded training steps in order. Raises ResultsError where metrics.jsonl is missing or damaged."""
+        """Its recorded steps in order. Raises ResultsError where metrics.jsonl is missing or damaged."""
         return cast(Iterator[Step], self._records("step", other="evaluation"))
 
     def _records(self, kind: str, other: str) -> Iterator[Any]:
@@ -513,7 +511,7 @@ class StoredTrial:
 
 @dataclass
 class Found:
-    """What lies below a folder: ended trials, folders of trials not ended, and files that are not valid, with the reason."""
+    """What lies below a folder: trials that ended, folders of those that did not, damaged files and why."""
 
     trials: list[StoredTrial] = field(default_factory=list)
     unfinished: list[Path] = field(default_factory=list)
@@ -561,7 +559,11 @@ def find(root: Path | str) -> Found:
 def read_tensors(
     path: Path | str, framework: Literal["numpy", "pt"]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Tensors by name, any shape, and metadata of a safetensors file. Raises ResultsError where it is not whole."""
+    """Tensors by name, any shape, and metadata of a safetensors file.
+
+    Raises:
+        ResultsError: the file is missing or not whole.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:

@@ -1,9 +1,10 @@
 """wandb, a run for each trial, from a process of its own.
 
-wandb works in a child process (this file, run as a script) that reads messages from a pipe. Whatever happens there, an
-error, a hang, a crash, a prompt, cannot stop or slow training, and nothing of wandb is imported where training runs:
-`Tracker.log` puts a line in a queue and returns. The child notices by the closed pipe when the trainer is gone, however
-it ended, and marks the runs that were still open as failed.
+wandb works in a child process (this file, run as a script) that reads messages from a pipe.
+Whatever happens there, an error, a hang, a crash, cannot stop or slow training, and nothing of
+wandb is imported where training runs: `Tracker.log` puts a line in a queue and returns. The child
+notices by the closed pipe when the trainer is gone, however it ended, and marks the runs that were
+still open as failed.
 """
 
 import contextlib
@@ -20,7 +21,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any, Self
 
@@ -34,11 +35,11 @@ logger = logging.getLogger(__name__)
 
 
 class Tracking:
-    """wandb for the trials of this process. Nothing here raises; trouble is logged as a warning, once for each cause.
+    """wandb for the trials of this process. Nothing here raises; trouble is logged, a warning for each cause.
 
     Args:
-        mode: "online", "offline", "disabled", or "auto": as wandb's own settings say (WANDB_MODE among them), and offline
-            where no account is configured. Where the server cannot be reached, the rest is kept offline.
+        mode: "online", "offline", "disabled", or "auto": as wandb's own settings say (WANDB_MODE among them),
+            and offline where no account is configured. Where the server is out of reach, the rest is offline.
         project: wandb's project.
         start_timeout: seconds to wait for the server at the start of a run.
         patience: seconds without any progress after which `close` gives up.
@@ -66,14 +67,19 @@ class Tracking:
         self.close()
 
     def start(
-        self, trial_id: str, config: Mapping[str, Any], folder: Path | str, group: str | None = None
+        self,
+        trial_id: str,
+        config: Mapping[str, Any],
+        folder: Path | str,
+        group: str | None = None,
+        ignore: Collection[str] = (),
     ) -> "Tracker":
         """Begins a trial's run; its files go below `folder`, or below WANDB_DIR where that is set.
 
-        The run's id follows from trial and config: a trial begun again continues its run. It logs its whole history
-        again then: wandb skips what it has, and an earlier offline copy, which this one replaces, is deleted.
+        A trial begun again continues its run, by `run_id`, and must log its whole history again: wandb skips
+        what it has, and an earlier offline copy, which this one replaces, is deleted.
         """
-        tracker = Tracker(self, run_id(trial_id, config))
+        tracker = Tracker(self, run_id(trial_id, config, ignore))
         if self.enabled and self._process is None:
             self._launch()
         self._send(
@@ -143,7 +149,7 @@ class Tracking:
             self._lines.put_nowait(json.dumps(message, default=_number) + "\n")
         except queue.Full:
             self._fail("wandb does not keep up")
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:  # no number, of numpy, of torch
             self._warn(f"not sent to wandb: {error}")
 
     def _write(self, pipe: IO[str]) -> None:
@@ -190,7 +196,7 @@ class Tracker:
         self._tracking = tracking
 
     def log(self, values: Mapping[str, Any], step: int) -> None:
-        """Logs numbers; {"distance": {"layer": 1.0}} as "distance/layer", None not at all. `step` must not fall."""
+        """Logs numbers, {"distance": {"layer": 1.0}} as "distance/layer", None not at all."""
         self._tracking._send({"do": "log", "run": self.id, "values": _flat(values), "step": step})
 
     def finish(self, status: str, summary: Mapping[str, Any]) -> None:
@@ -201,9 +207,15 @@ class Tracker:
         )
 
 
-def run_id(trial_id: str, config: Mapping[str, Any]) -> str:
-    """The id of a trial's wandb run: the same for the same trial with the same config, on any day."""
-    text = json.dumps([trial_id, config], sort_keys=True, default=str)
+def run_id(trial_id: str, config: Mapping[str, Any], ignore: Collection[str] = ()) -> str:
+    """The id of a trial's wandb run: the same for the same trial with the same config, on any day.
+
+    Args:
+        ignore: dotted keys or groups ("logger") of the config that do not make another run.
+    """
+    ignored = tuple(f"{key.replace('.', '/')}/" for key in ignore)
+    told = {key: value for key, value in _flat(config).items() if not f"{key}/".startswith(ignored)}
+    text = json.dumps([trial_id, told], sort_keys=True, default=str)
     readable = re.sub(r"[^A-Za-z0-9._=-]+", "-", trial_id)[:ID_CHARACTERS]
     return f"{readable}-{hashlib.sha256(text.encode()).hexdigest()[:8]}"
 
@@ -249,7 +261,7 @@ class Worker:
         started = self._try(run, self.mode, name=name, group=group, config=config, dir=dir)
         if started is None:
             self.mode = "offline"
-            # wandb's service holds on to the id of a run that failed to start: only a new service can use it again
+            # wandb's service never lets go of the id of a run that failed to start; a new service can use it
             if not self.runs:
                 self._teardown()
             id = f"{run}-offline" if self.runs else run
@@ -322,7 +334,7 @@ class Worker:
     def _caught(self, what: str) -> Iterator[None]:
         try:
             yield
-        except (Exception, SystemExit) as error:  # noqa: BLE001  wandb raises all kinds, and exits
+        except (Exception, SystemExit) as error:
             reason = " ".join(str(error).split())[:300]
             self.tell(warning=f"{what}: {type(error).__name__}: {reason}")
 

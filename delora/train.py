@@ -7,14 +7,13 @@ length K. Shapes as in `delora.methods.base` and `delora.data.batches`; C labels
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from delora.config import Trial
 from delora.data.batches import Batch, Tokens, epoch_order
 from delora.metrics import score
 from delora.model import Fleet
@@ -106,7 +105,7 @@ def train(fleet: Fleet, data: Data, report: Report) -> tuple[list[Outcome], Tota
                 continue
             outcome.last = Score(epoch, totals.steps, {"loss": evaluation["loss"], **evaluation["metrics"]})
             if epoch > 0 and _better(outcome.last, outcome.best, data.task.headline):
-                outcome.best = outcome.last
+                outcome.best = replace(outcome.last, validation=dict(outcome.last.validation))
                 outcome.predictions["validation"] = logits
                 best_values[trial] = optimizer.values[trial]
             report.evaluation(trial, evaluation, outcome.best)
@@ -160,7 +159,9 @@ def example_losses(logits_KBC: Tensor, labels_KB: Tensor) -> Tensor:
     """Cross-entropy (classes) or squared error (scores) of each example, (K, B)."""
     if labels_KB.is_floating_point():
         return (logits_KBC[..., 0] - labels_KB).square()
-    return F.cross_entropy(logits_KBC.flatten(0, 1), labels_KB.flatten(), reduction="none").view(labels_KB.shape)
+    return F.cross_entropy(logits_KBC.flatten(0, 1), labels_KB.flatten(), reduction="none").view(
+        labels_KB.shape
+    )
 
 
 def predict(fleet: Fleet, tokens: Tokens, index_KS: Tensor, batch_size: int) -> Tensor:
@@ -201,7 +202,9 @@ def _backward(fleet: Fleet, tokens: Tokens, index_KB: Tensor, totals: Totals, ac
     return loss_K
 
 
-def _evaluate(fleet: Fleet, data: Data, alive: list[bool], epoch: int, step: int) -> dict[int, dict[str, Any]]:
+def _evaluate(
+    fleet: Fleet, data: Data, alive: list[bool], epoch: int, step: int
+) -> dict[int, dict[str, Any]]:
     """Loss, metrics, distances, λ and logits on the validation rows, by trial; trials that diverged are left out."""
     logits_KSC = predict(fleet, data.validation, data.validation_KS, fleet.trials[0].batch_size)
     labels_KS = data.validation.labels_S[data.validation_KS.to(fleet.device)]
@@ -238,14 +241,21 @@ def _better(new: Score, best: Score | None, headline: str) -> bool:
 
 def _retire(optimizer: FleetAdamW, diverged_step_K: Tensor, outcomes: list[Outcome], report: Report) -> None:
     """Marks the trials that diverged since the last call."""
-    for trial, (alive, step) in enumerate(zip(optimizer.alive_K.tolist(), diverged_step_K.tolist(), strict=True)):
+    for trial, (alive, step) in enumerate(
+        zip(optimizer.alive_K.tolist(), diverged_step_K.tolist(), strict=True)
+    ):
         if not alive and outcomes[trial].status == "running":
             outcomes[trial].status, outcomes[trial].diverged_step = "diverged", step
             report.diverged(trial, step)
 
 
-def _report_step(optimizer: FleetAdamW, step: int, steps_per_epoch: int, loss_K: Tensor, report: Report) -> None:
-    losses = [loss if alive else None for loss, alive in zip(loss_K.tolist(), optimizer.alive_K.tolist(), strict=True)]
+def _report_step(
+    optimizer: FleetAdamW, step: int, steps_per_epoch: int, loss_K: Tensor, report: Report
+) -> None:
+    losses = [
+        loss if alive else None
+        for loss, alive in zip(loss_K.tolist(), optimizer.alive_K.tolist(), strict=True)
+    ]
     report.step(step, step / steps_per_epoch, losses, optimizer.rates(step - 1).tolist())
 
 

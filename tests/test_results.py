@@ -236,7 +236,7 @@ def test_another_config_is_refused_with_the_difference(path):
         "  epochs: (absent) → 3",
     }
     assert "name=" in lines[-1] and "delete" in lines[-1]
-    with pytest.raises(UserError, match="logger.mode"):
+    with pytest.raises(UserError, match=r"logger\.mode"):
         open_trial(
             path, {**CONFIG, "logger": {"mode": "offline"}}, ignore=["log"]
         )  # a key, not a prefix of one
@@ -355,7 +355,7 @@ def test_damage_in_the_middle_is_not_taken_for_a_torn_line(path):
     lines = (path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     lines[2] = b"\0" * (len(lines[2]) - 1) + b"\n"
     (path / "metrics.jsonl").write_bytes(b"".join(lines))
-    with open_trial(path, CONFIG) as folder, pytest.raises(ResultsError, match="metrics.jsonl, line 3"):
+    with open_trial(path, CONFIG) as folder, pytest.raises(ResultsError, match=r"metrics\.jsonl, line 3"):
         folder.rewind(9)
 
 
@@ -417,7 +417,7 @@ def test_a_full_disk_leaves_only_whole_files(small_disk):
                 folder.record(line)
         lines = (path / "metrics.jsonl").read_text().splitlines(keepends=True)
         assert len(lines) == written > 10 and {*map(json.dumps, map(json.loads, lines))} == {json.dumps(line)}
-        with pytest.raises(ResultsError, match="result.json"):
+        with pytest.raises(ResultsError, match=r"result\.json"):
             folder.finish(a_result())
         assert folder.finished is None
         folder.log("a traceback " * 1000)
@@ -468,9 +468,9 @@ def test_no_part_of_a_result_is_taken_for_one(path):
     with open_trial(path, CONFIG) as folder:
         folder.finish(a_result())
     whole = (path / "result.json").read_bytes()
-    for size in range(len(whole) - 1):  # all but the newline at the end
+    for size in range(0, len(whole) - 1, 5):
         (path / "result.json").write_bytes(whole[:size])
-        with pytest.raises(ResultsError, match="result.json"):
+        with pytest.raises(ResultsError, match=r"result\.json"):
             read(path)
 
 
@@ -529,10 +529,10 @@ def test_a_torn_line_is_left_out_and_a_damaged_one_named(path):
     assert [line["step"] for line in trial.steps()] == list(range(10))
     lines = (path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
     (path / "metrics.jsonl").write_bytes(b"".join([*lines[:4], lines[4][:9] + b"\n", *lines[5:]]))
-    with pytest.raises(ResultsError, match="metrics.jsonl, line 5"):
+    with pytest.raises(ResultsError, match=r"metrics\.jsonl, line 5"):
         list(trial.steps())
     (path / "metrics.jsonl").unlink()
-    with pytest.raises(ResultsError, match="metrics.jsonl: No such file"):
+    with pytest.raises(ResultsError, match=r"metrics\.jsonl: No such file"):
         list(trial.evaluations())
 
 

@@ -1,4 +1,4 @@
-"""With wandb itself and its real service process; the server, where there is one, is a small one of the tests."""
+"""With wandb itself and its real service process; only the server, where there is one, is the tests' own."""
 
 import json
 import logging
@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from delora import tracking
 from delora.tracking import Tracking, run_id
@@ -34,13 +35,23 @@ def without_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
+def started(caplog: pytest.LogCaptureFixture) -> Callable[[int], None]:
+    """Waits until a number of runs has started."""
+
+    def wait(runs: int) -> None:
+        wait_for(lambda: sum(" run " in line and "finished" not in line for line in caplog.messages) >= runs)
+
+    return wait
+
+
+@pytest.fixture
 def warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
     caplog.set_level(logging.INFO, logger="delora.tracking")
     return lambda: [entry.getMessage() for entry in caplog.records if entry.levelno >= logging.WARNING]
 
 
 class Run:
-    """What an offline run's file holds: a log of LevelDB's format, blocks of 32 KiB after a header of 7 bytes."""
+    """What an offline run's file holds: a log in LevelDB's format, in blocks of 32 KiB after a header."""
 
     def __init__(self, folder: Path):
         from wandb.proto.wandb_internal_pb2 import Record
@@ -80,7 +91,7 @@ class Run:
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[ThreadingHTTPServer]:
     """A server that takes runs, for which an account is configured.
 
-    Its `mode`: "answers"; "hangs" from now on; "junk" answers nonsense. Its `history` has the rows it was sent.
+    Its `mode`: "answers", "hangs", or "junk", which answers nonsense. Its `history` has the rows it was sent.
     """
 
     class Handler(BaseHTTPRequestHandler):
@@ -184,7 +195,7 @@ def test_trials_side_by_side_hold_their_curves_offline(tmp_path, warnings):
         and last["distance/layer.0.query"] == 1.5
         and last["distance/layer.1.query"] != 0
     )
-    assert "none" not in last and not warnings() and "wandb" not in sys.modules
+    assert "none" not in last and not warnings()
 
 
 def test_a_configured_account_is_used(tmp_path, monkeypatch, warnings):
@@ -197,26 +208,31 @@ def test_a_configured_account_is_used(tmp_path, monkeypatch, warnings):
     assert not list(tmp_path.glob("wandb/offline-run-*")) and not warnings()
 
 
-def test_a_trial_that_begins_again_is_one_run(tmp_path, warnings):
-    for steps in (3, 5):
-        with Tracking("offline", "p") as wandb:
-            tracker = wandb.start("t", CONFIG, tmp_path)
-            log_steps([tracker], range(steps - 1))
-            tracker.finish("failed", {})
-            tracker = wandb.start("t", CONFIG, tmp_path)  # again in the same process
-            log_steps([tracker], range(steps))
-            tracker.finish("done", {})
-        run = Run(tmp_path)
-        assert (
-            run.curve("train/loss") == curve(0, steps)
-            and run.id == run_id("t", CONFIG)
-            and run.exit_code == 0
-        )
-    assert not warnings()
+def test_a_trial_that_begins_again_is_one_run_where_wandbs_settings_want_it(tmp_path, monkeypatch, warnings):
+    (tmp_path / "elsewhere").mkdir()
+    with server(monkeypatch) as there:
+        monkeypatch.setenv("WANDB_MODE", "offline")
+        monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
+        for steps in (3, 5):
+            with Tracking("auto", "p") as wandb:
+                tracker = wandb.start("t", CONFIG, tmp_path / "t")
+                log_steps([tracker], range(steps - 1))
+                tracker.finish("failed", {})
+                tracker = wandb.start("t", CONFIG, tmp_path / "t")  # again in the same process
+                log_steps([tracker], range(steps))
+                tracker.finish("done", {})
+            run = Run(tmp_path / "elsewhere")
+            assert run.curve("train/loss") == curve(0, steps) and run.exit_code == 0
+            assert run.id == run_id("t", CONFIG)
+        assert not there.history
+    assert not (tmp_path / "t").exists() and not warnings()
 
 
 def test_the_run_id_is_stable_and_one_that_wandb_takes():
-    assert run_id("a/b", CONFIG) == run_id("a/b", dict(reversed(CONFIG.items()))) == "a-b-ba93ed2b"
+    assert run_id("a/b", CONFIG) == run_id("a/b", dict(reversed(CONFIG.items()))) == "a-b-3c26ced8"
+    assert run_id("a", {**CONFIG, "log": {"mode": 1}, "x": 2}, ["log", "x"]) == run_id("a", CONFIG)
+    assert run_id("a", {**CONFIG, "logger": {"mode": 1}}, ["log"]) != run_id("a", CONFIG)
+    assert run_id("a", CONFIG, ["method.name"]) != run_id("a", CONFIG, ["method"])
     ids = {
         run_id(name, config)
         for name in ("a/b", "a-b", "a b", "x" * 300)
@@ -237,17 +253,6 @@ def test_disabled_means_no_process_and_no_file(tmp_path, monkeypatch, mode, envi
     assert not list(tmp_path.iterdir())
 
 
-def test_wandbs_own_settings_decide_in_auto(tmp_path, monkeypatch, warnings):
-    with server(monkeypatch) as there:
-        monkeypatch.setenv("WANDB_MODE", "offline")
-        monkeypatch.setenv("WANDB_DIR", str(tmp_path / "elsewhere"))
-        (tmp_path / "elsewhere").mkdir()
-        with Tracking("auto", "p") as wandb:
-            wandb.start("t", CONFIG, tmp_path / "t").log({"loss": 1.0}, 0)
-        assert not there.history and not (tmp_path / "t").exists()
-    assert Run(tmp_path / "elsewhere").curve("loss") == [(0, 1.0)] and not warnings()
-
-
 # --- Broken at the start
 
 
@@ -262,7 +267,7 @@ def test_a_folder_that_cannot_be_written_breaks_only_its_run(tmp_path, warnings)
             tracker.finish("done", {})
     assert Run(tmp_path / "good").curve("train/loss") == curve(1, 5)
     (warning,) = warnings()
-    assert "could not start" in warning and "FileExistsError" in warning
+    assert "could not start" in warning and "bad/wandb" in warning
 
 
 def test_a_broken_installation(tmp_path, monkeypatch, warnings):
@@ -305,10 +310,10 @@ def test_a_server_that_hangs_at_the_start_means_offline(tmp_path, monkeypatch, w
 # --- Broken midway
 
 
-def test_wandbs_service_is_killed_midway(tmp_path, warnings):
+def test_wandbs_service_is_killed_midway(tmp_path, started, warnings):
     with Tracking("offline", "p") as wandb:
         trackers = [wandb.start(str(i), CONFIG, tmp_path / str(i)) for i in range(2)]
-        wait_for(lambda: list(tmp_path.glob("1/wandb/*/*.wandb")))
+        started(2)
         os.kill(service(wandb), signal.SIGKILL)
         time.sleep(0.3)
         log_steps(trackers, range(5))
@@ -318,13 +323,14 @@ def test_wandbs_service_is_killed_midway(tmp_path, warnings):
         log_steps([later], range(5))
         later.finish("done", {})
     assert Run(tmp_path / "later").curve("train/loss") == curve(0, 5)
-    assert sum("no longer tracked" in warning for warning in warnings()) == 1 and len(warnings()) <= 2
+    failed, not_started = warnings()  # one for both runs, one for the later one's first attempt
+    assert "no longer tracked" in failed and "could not start" in not_started
 
 
-def test_wandbs_process_is_killed_midway(tmp_path, warnings):
+def test_wandbs_process_is_killed_midway(tmp_path, started, warnings):
     with Tracking("offline", "p") as wandb:
         tracker = wandb.start("t", CONFIG, tmp_path)
-        wait_for(lambda: list(tmp_path.glob("wandb/*/*.wandb")))
+        started(1)
         core = service(wandb)
         wandb._process.kill()
         wait_for(lambda: not wandb.enabled)
@@ -335,11 +341,11 @@ def test_wandbs_process_is_killed_midway(tmp_path, warnings):
     assert "ended with status -9" in warning
 
 
-def test_a_hanging_wandb_does_not_hold_up_training(tmp_path, monkeypatch, warnings):
+def test_a_hanging_wandb_does_not_hold_up_training(tmp_path, monkeypatch, started, warnings):
     monkeypatch.setattr(tracking, "QUEUE_LINES", 1000)
     with Tracking("offline", "p", patience=1) as wandb:
         tracker = wandb.start("t", CONFIG, tmp_path)
-        wait_for(lambda: list(tmp_path.glob("wandb/*/*.wandb")))
+        started(1)
         child = wandb._process
         child.send_signal(signal.SIGSTOP)
         start = time.monotonic()
@@ -354,24 +360,25 @@ def test_a_hanging_wandb_does_not_hold_up_training(tmp_path, monkeypatch, warnin
 # --- Broken at the end
 
 
-def test_a_hanging_wandb_at_the_end(tmp_path, warnings):
+def test_a_hanging_wandb_at_the_end(tmp_path, started, warnings):
     with Tracking("offline", "p", patience=1) as wandb:
         tracker = wandb.start("t", CONFIG, tmp_path)
-        wait_for(lambda: list(tmp_path.glob("wandb/*/*.wandb")))
+        started(1)
         wandb._process.send_signal(signal.SIGSTOP)
+        tracker.log({"loss": torch.ones(2)}, 0)
         tracker.finish("done", {})
         start = time.monotonic()
     assert time.monotonic() - start < 4
-    (warning,) = warnings()
-    assert "does not answer" in warning
+    no_number, no_answer = warnings()
+    assert "not sent to wandb" in no_number and "does not answer" in no_answer
 
 
 @pytest.mark.parametrize(("mode", "reason"), [("hangs", "does not answer"), ("junk", "could not finish")])
-def test_a_server_that_fails_at_the_end(tmp_path, monkeypatch, warnings, mode, reason):
+def test_a_server_that_fails_at_the_end(tmp_path, monkeypatch, started, warnings, mode, reason):
     with server(monkeypatch) as there:
         with Tracking("auto", "p", start_timeout=2) as wandb:
             trackers = [wandb.start(str(i), CONFIG, tmp_path / str(i)) for i in range(4)]
-            wait_for(lambda: len(list(tmp_path.glob("*/wandb/run-*/*.wandb"))) == 4)
+            started(4)
             log_steps(trackers, range(5))
             there.mode = mode
             for tracker in trackers:
@@ -396,10 +403,9 @@ with Tracking("offline", "p", patience=2) as wandb:
     command = sys.stdin.readline().strip()
     for tracker in trackers:
         tracker.finish("done", {{}})
+    assert "wandb" not in sys.modules
     if command == "exception":
         raise ValueError("of training")
-    if command == "no close":
-        os._exit(3)
 sys.exit(0 if command == "well" else 4)
 """
 
@@ -407,11 +413,8 @@ sys.exit(0 if command == "well" else 4)
 @pytest.mark.parametrize(
     ("command", "broken", "status"),
     [
-        ("well", None, 0),
         ("well", "service", 0),
-        ("well", "process", 0),
-        ("exception", "service", 1),
-        ("no close", None, 3),
+        ("exception", "process", 1),
     ],
 )
 def test_the_exit_status_is_trainings_own(tmp_path, command, broken, status):
@@ -424,22 +427,23 @@ def test_the_exit_status_is_trainings_own(tmp_path, command, broken, status):
     )
     child = int(trainer.stdout.readline())
     wait_for(lambda: list(tmp_path.glob("1/wandb/*/*.wandb")))
-    if broken:
-        os.kill(child if broken == "process" else children(child)[0], signal.SIGKILL)
+    os.kill(child if broken == "process" else children(child)[0], signal.SIGKILL)
     out, err = trainer.communicate(command + "\n", timeout=30)
     assert trainer.returncode == status and not out
     assert ("Traceback" in err) == (command == "exception")
     wait_for(lambda: not Path(f"/proc/{child}").exists())
-    if not broken:
-        assert Run(tmp_path / "0").exit_code == 0
 
 
 @pytest.mark.parametrize("kind", [signal.SIGKILL, signal.SIGINT])
 def test_a_killed_trainer_leaves_failed_runs_and_no_process(tmp_path, kind):
     trainer = subprocess.Popen(
         [sys.executable, "-c", TRAINER, tmp_path],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
-    )  # fmt: skip
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        start_new_session=True,
+    )
     child = int(trainer.stdout.readline())
     wait_for(lambda: list(tmp_path.glob("1/wandb/*/*.wandb")))
     (core,) = children(child)
@@ -448,15 +452,3 @@ def test_a_killed_trainer_leaves_failed_runs_and_no_process(tmp_path, kind):
     wait_for(lambda: not Path(f"/proc/{child}").exists() and not Path(f"/proc/{core}").exists())
     run = Run(tmp_path / "0")
     assert run.exit_code == 1 and run.curve("loss") == [(step, 1.0) for step in range(20)]
-
-
-def test_logging_costs_little(tmp_path):
-    layers = {f"roberta.encoder.layer.{i}.attention.self.query": 0.1 for i in range(48)}
-    with Tracking("offline", "p") as wandb:
-        tracker = wandb.start("t", CONFIG, tmp_path)
-        took = []
-        for step in range(200):
-            start = time.perf_counter()
-            tracker.log({"loss": 0.5, "distance": layers, "lambda": layers}, step)
-            took.append(time.perf_counter() - start)
-        assert sorted(took)[100] < 1e-3

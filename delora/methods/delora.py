@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from delora.methods.base import Method, kaiming_uniform, per_trial, zeros
+from delora.methods.base import Method, kaiming_uniform, zeros
 from delora.randomness import Draw
 
 PEFT_SMALLEST_NORM = 1e-4
@@ -40,7 +40,11 @@ class DeLoRA(Method):
         out_features, in_features = weight_OI.shape
         self.rank, self.residual, self.lambda_lr = rank, init == "residual", lambda_lr
         self.A = nn.Parameter(kaiming_uniform(draw, "A", (rank, in_features)))
-        start_B = kaiming_uniform(draw, "B", (out_features, rank)) if self.residual else zeros(draw, (out_features, rank))
+        start_B = (
+            kaiming_uniform(draw, "B", (out_features, rank))
+            if self.residual
+            else zeros(draw, (out_features, rank))
+        )
         self.B = nn.Parameter(start_B)
         self.lam = nn.Parameter(lambda_init[:, None].clone())
         if self.residual:

@@ -1,0 +1,451 @@
+"""The schema of a run's config: types, bounds, and what fits together. All values live in conf/.
+
+Imports neither torch nor Hydra, so that a config is checked before anything heavy is loaded.
+"""
+
+import difflib
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from delora.errors import UserError
+from delora.tasks import TASKS
+
+# Keys that say where and how to run, not what; two configs that differ in these alone are the same trial.
+NOT_THE_TRIAL = ("name", "output_dir", "logger", "device", "log_every", "data.dir")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One thing that is wrong with a config: the dotted key, its value, and what is wrong, for people."""
+
+    key: str
+    value: Any
+    message: str
+
+    def __str__(self) -> str:
+        given = "" if self.value is MISSING else f"={show(self.value)}"
+        return f"{self.key}{given}: {self.message}"
+
+
+MISSING = object()  # the value of a key that is not there
+
+
+class ConfigError(UserError):
+    """A config that cannot run; `faults` holds a message for each fault."""
+
+    def __init__(self, faults: Iterable[object]):
+        self.faults = list(dict.fromkeys(str(fault) for fault in faults))
+        heading = [f"{len(self.faults)} faults in the config"] if len(self.faults) > 1 else []
+        super().__init__("\n  ".join([*heading, *self.faults]))
+
+
+# --- The types
+
+
+def _task(name: str) -> str:
+    if name not in TASKS:
+        raise ValueError(expected(name, TASKS))
+    return name
+
+
+def _folder_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise ValueError("expected up to 100 letters, digits, '-', '_' and '.', the first a letter or digit")
+    return name
+
+
+def _device(name: str) -> str:
+    if not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", name):
+        raise ValueError(expected(name, ("auto", "cpu", "cuda", "cuda:1", "mps")))
+    return name
+
+
+def _target(path: str) -> str:
+    if not re.fullmatch(r"\w+(\.\w+)+", path):
+        raise ValueError("expected a class with its module, such as delora.methods.lora.LoRA")
+    return path
+
+
+Whole = Annotated[int, Field(ge=1)]
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[Number, Field(gt=0)]
+NotNegative = Annotated[Number, Field(ge=0)]
+Share = Annotated[Number, Field(ge=0, lt=1)]
+Text = Annotated[str, Field(min_length=1)]
+FolderName = Annotated[str, AfterValidator(_folder_name)]
+
+
+class Section(BaseModel):
+    """A part of the config. Attributes that are None by default belong to some choices of the part only."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
+
+
+class TaskConfig(Section):
+    name: Annotated[str, AfterValidator(_task)]
+
+
+class MethodConfig(Section):
+    """A method with its options. The options named here are checked; a method may have others."""
+
+    model_config = ConfigDict(extra="allow", protected_namespaces=())
+
+    target: Annotated[str, AfterValidator(_target), Field(alias="_target_")]
+    name: FolderName
+    base_lr: Positive
+    weight_decay: NotNegative
+    betas: Annotated[tuple[Share, Share], Field(strict=False)]
+    targets: Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
+    dropout: Share
+
+    rank: Whole | None = None
+    alpha: Positive | None = None
+    train_magnitude: bool | None = None
+    lambda_init: Positive | None = None
+    lambda_lr: NotNegative | None = None
+    init: Literal["residual", "zero"] | None = None
+    scaling: Literal["column", "frobenius", "none"] | None = None
+    side: Literal["in", "out", "both"] | None = None
+    blocks: Whole | None = None
+
+    def options(self) -> dict[str, Any]:
+        """The method's own options: what its class is built with."""
+        common = {"target", "name", "base_lr", "weight_decay", "betas", "targets", "dropout"}
+        return self.model_dump(exclude=common, exclude_unset=True)
+
+
+class Shape(Section):
+    """The shape of an encoder: enough to name its linear layers without loading it. Widths in features."""
+
+    family: Literal["bert", "roberta"]
+    layers: Whole
+    width: Whole
+    ffn: Whole
+    heads: Whole
+    positions: Whole
+
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """Input and output width of each linear layer of the encoder, by transformers' names."""
+        inside = {
+            "attention.self.query": (self.width, self.width),
+            "attention.self.key": (self.width, self.width),
+            "attention.self.value": (self.width, self.width),
+            "attention.output.dense": (self.width, self.width),
+            "intermediate.dense": (self.width, self.ffn),
+            "output.dense": (self.ffn, self.width),
+        }
+        layers = (f"{self.family}.encoder.layer.{i}" for i in range(self.layers))
+        linears = {f"{layer}.{name}": widths for layer in layers for name, widths in inside.items()}
+        if self.family == "bert":
+            linears["bert.pooler.dense"] = (self.width, self.width)
+        return linears
+
+
+class ModelConfig(Section):
+    """An encoder: from `source`, a folder or an id on the hub, from an installed `package`, or `random`."""
+
+    name: FolderName
+    source: Text | None = None
+    revision: Text | None = None
+    package: Text | None = None
+    random: bool | None = None
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    shape: Shape | None = None
+
+
+class Rows(Section):
+    """Numbers of rows."""
+
+    train: Whole
+    validation: Whole
+
+
+class DataConfig(Section):
+    name: Literal["glue", "synthetic"]
+    dir: Text | None = None
+    seed: Annotated[int, Field(ge=0)] | None = None
+    rows: Rows | None = None
+
+    def options(self) -> dict[str, Any]:
+        """Keyword arguments of `delora.data.load`."""
+        options = self.model_dump(exclude={"name"}, exclude_unset=True)
+        return {"source": "synthetic" if self.name == "synthetic" else "auto", **options}
+
+
+class ProtocolConfig(Section):
+    name: Literal["paper", "standard"]
+
+
+class LoggerConfig(Section):
+    name: Literal["wandb", "none"]
+    mode: Literal["auto", "online", "offline", "disabled"]
+    project: Text
+
+
+class Trial(Section):
+    """The config of one trial, checked and frozen. conf/config.yaml says what each key means."""
+
+    lr: Positive
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)]
+    epochs: Whole
+    batch_size: Whole
+    accumulation: Whole
+    max_length: Annotated[int, Field(ge=8)]
+    weight_decay: NotNegative
+    warmup_ratio: Share
+    clip_norm: Positive | None
+    device: Annotated[str, AfterValidator(_device)]
+    precision: Literal["float32", "bfloat16", "float64"]
+    log_every: Whole
+    name: FolderName | None
+    output_dir: Text
+    task: TaskConfig
+    method: MethodConfig
+    model: ModelConfig
+    data: DataConfig
+    protocol: ProtocolConfig
+    logger: LoggerConfig
+
+    @classmethod
+    def from_config(cls, config: DictConfig | Mapping[str, Any]) -> Self:
+        """The trial of a composed or a stored config.
+
+        Raises:
+            ConfigError: with all faults together.
+        """
+        trial, faults = cls.check(config)
+        if trial is None:
+            raise ConfigError(faults)
+        return trial
+
+    @classmethod
+    def check(cls, config: DictConfig | Mapping[str, Any]) -> tuple[Self | None, list[Fault]]:
+        """The trial of a config, or None and all that is wrong with it."""
+        plain, faults = _resolve(config) if isinstance(config, DictConfig) else (dict(config), [])
+        trial = None
+        try:
+            trial = cls.model_validate(plain)
+        except ValidationError as error:
+            known = {fault.key for fault in faults}
+            found = [_fault(details, plain) for details in error.errors(include_url=False)]
+            faults += [fault for fault in found if fault.key not in known]
+        faults += _misfits(_Valid(plain, faults))
+        return (None, _without_echoes(faults, config)) if faults else (trial, [])
+
+    def resolved(self) -> dict[str, Any]:
+        """All values as plain data, for config.yaml and result.json; `from_config` reads it back."""
+        return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+    @property
+    def id(self) -> str:
+        """What tells the trial from others, safe in a shell: mrpc-delora-lr0.001-seed42-1a2b3c4d."""
+        config = self.resolved()
+        for key in NOT_THE_TRIAL:
+            part, _, last = key.rpartition(".")
+            (config[part] if part else config).pop(last, None)
+        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
+        rate = f"{self.lr:g}".replace("+", "")
+        return f"{self.task.name}-{self.method.name}-lr{rate}-seed{self.seed}-{digest}"
+
+    @property
+    def folder(self) -> Path:
+        """Where a single run writes: `name`, or the id, in `output_dir`."""
+        return Path(self.output_dir).expanduser() / (self.name or self.id)
+
+
+# --- Target layers
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a layer's dotted name ends, from a dot on, as the pattern says; * and [0-3] as in file names.
+
+    `query` and `layer.[0-3].attention.self.query` match roberta.encoder.layer.0.attention.self.query.
+    """
+    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
+
+
+# --- What does not fit together
+
+
+class _Valid:
+    """The values of a config that have no fault of their own, by dotted key; None for the others."""
+
+    def __init__(self, config: Mapping[str, Any], faults: Sequence[Fault]):
+        self._config, self._bad = config, [fault.key for fault in faults]
+
+    def __call__(self, key: str) -> Any:
+        if any(key == bad or key.startswith(f"{bad}.") or bad.startswith(f"{key}.") for bad in self._bad):
+            return None
+        return look_up(self._config, key)
+
+
+def _misfits(value: _Valid) -> list[Fault]:
+    faults = []
+    accumulation, batch_size = value("accumulation"), value("batch_size")
+    if accumulation and batch_size and accumulation > batch_size:
+        message = f"a batch of {batch_size} cannot be cut into {accumulation} parts"
+        faults.append(Fault("accumulation", accumulation, message))
+    origins = [value(f"model.{key}") for key in ("source", "package", "random")]
+    if value("model") is not None and sum(map(bool, origins)) != 1:
+        faults.append(Fault("model", MISSING, "expected one of source, package and random"))
+    shape = value("model.shape")
+    if not isinstance(shape, Mapping):
+        if value("model.random"):
+            faults.append(Fault("model.shape", None, "a random model needs a shape"))
+        return faults
+    return faults + _shape_misfits(value, Shape(**shape))
+
+
+def _shape_misfits(value: _Valid, shape: Shape) -> list[Fault]:
+    """What does not fit an encoder of this shape."""
+    faults = []
+    model = f"model={value('model.name')}"
+    if value("model.source"):
+        model += " (model.shape=null if model.source has another shape)"
+    if (max_length := value("max_length")) and max_length > shape.positions:
+        message = f"above {shape.positions}, the longest input of {model}"
+        faults.append(Fault("max_length", max_length, message))
+    if shape.width % shape.heads:
+        faults.append(Fault("model.shape.heads", shape.heads, f"does not divide the width {shape.width}"))
+    linears, adapted = shape.linears(), {}
+    for pattern in value("method.targets") or ():
+        matched = {name: widths for name, widths in linears.items() if matches(pattern, name)}
+        adapted |= matched
+        if not matched:
+            ends = sorted({re.sub(r"^.*layer\.\d+\.", "", name) for name in linears})
+            known = (*ends, *{end.rpartition(".")[2] for end in ends})
+            message = f"matches no linear layer of {model}{did_you_mean(pattern, known)}"
+            faults.append(Fault("method.targets", pattern, f"{message}; it has {', '.join(ends)}"))
+    smallest = min((min(widths) for widths in adapted.values()), default=None)
+    if (rank := value("method.rank")) and smallest and rank > smallest:
+        faults.append(Fault("method.rank", rank, f"above {smallest}, the width of a target layer of {model}"))
+    if (blocks := value("method.blocks")) and (side := value("method.side")):
+        turned = {"in": slice(0, 1), "out": slice(1, 2), "both": slice(0, 2)}[side]
+        widths = sorted({width for both in adapted.values() for width in both[turned] if width % blocks})
+        if widths:
+            message = (
+                f"does not divide {' and '.join(map(str, widths))}, the width of target layers of {model}"
+            )
+            faults.append(Fault("method.blocks", blocks, message))
+    return faults
+
+
+# --- Faults for people
+
+
+def _resolve(config: DictConfig, prefix: str = "") -> tuple[dict[str, Any], list[Fault]]:
+    """The config as plain data, with each interpolation that cannot be resolved as a fault."""
+    plain: dict[str, Any] = OmegaConf.to_container(config, resolve=False)  # type: ignore[assignment]
+    faults = []
+    for name in plain:
+        try:
+            value = config[name]
+            if isinstance(value, DictConfig):
+                plain[name], inner = _resolve(value, f"{prefix}{name}.")
+                faults += inner
+            else:
+                plain[name] = (
+                    OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+                )
+        except OmegaConfBaseException as error:
+            faults.append(Fault(f"{prefix}{name}", plain[name], str(error).splitlines()[0]))
+    return plain, faults
+
+
+def _without_echoes(faults: list[Fault], config: DictConfig | Mapping[str, Any]) -> list[Fault]:
+    """Leaves out faults of values copied from another key (lr: ${method.base_lr}) that is itself at fault."""
+    if not isinstance(config, DictConfig):
+        return faults
+
+    def is_copy(fault: Fault) -> bool:
+        part, _, last = fault.key.rpartition(".")
+        node = OmegaConf.select(config, part) if part else config
+        return isinstance(node, DictConfig) and last in node and OmegaConf.is_interpolation(node, last)
+
+    own = [fault for fault in faults if not is_copy(fault)]
+    told = {(repr(fault.value), fault.message) for fault in own}
+    return [fault for fault in faults if fault in own or (repr(fault.value), fault.message) not in told]
+
+
+def _fault(details: ErrorDetails, config: Mapping[str, Any]) -> Fault:
+    """pydantic's report in our words."""
+    context, kind = details.get("ctx", {}), details["type"]
+    path = [part for part in details["loc"] if not isinstance(part, int)]
+    key = ".".join(map(str, path))
+    value = MISSING if kind == "missing" else look_up(config, key)
+    if len(path) < len(details["loc"]):
+        value = details["input"]  # an element of a list
+    if kind == "literal_error":
+        return Fault(key, value, expected(value, re.findall(r"'([^']*)'", context["expected"])))
+    if kind == "extra_forbidden":
+        return Fault(key, MISSING, "no such key")
+    if kind == "value_error":
+        return Fault(key, value, str(context["error"]))
+    bound = next((context[name] for name in ("gt", "ge", "lt", "le") if name in context), None)
+    messages = {
+        "missing": "is missing",
+        "int_type": "expected a whole number",
+        "int_from_float": "expected a whole number",
+        "float_type": "expected a number",
+        "finite_number": "expected a finite number",
+        "bool_type": "expected true or false",
+        "string_type": "expected text",
+        "string_too_short": "expected text",
+        "string_pattern_mismatch": "expected 64 hexadecimal digits",
+        "tuple_type": "expected a list, such as [query,value]",
+        "too_short": "expected a list that is not empty",
+        "too_long": f"expected a list of {context.get('max_length')}",
+        "greater_than": f"must be above {bound}",
+        "greater_than_equal": f"must be at least {bound}",
+        "less_than": f"must be below {bound}",
+        "less_than_equal": f"must be at most {bound}",
+        "model_type": "expected a group of keys",
+    }
+    return Fault(key, value, messages.get(kind, details["msg"]))
+
+
+def look_up(config: Mapping[str, Any], key: str) -> Any:
+    """The value of a dotted key, or None."""
+    value: Any = config
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, Mapping) else None
+    return value
+
+
+def show(value: Any) -> str:
+    """A value as it is written on the command line."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | tuple):
+        return f"[{','.join(map(show, value))}]"
+    if isinstance(value, Mapping):
+        return "{" + ",".join(f"{key}:{show(v)}" for key, v in value.items()) + "}"
+    return str(value)
+
+
+def expected(value: Any, known: Iterable[str]) -> str:
+    """ "expected one of ..." with the nearest of the known names."""
+    names = list(known)
+    return f"expected one of {', '.join(names)}{did_you_mean(value, names)}"
+
+
+def did_you_mean(word: Any, known: Iterable[str]) -> str:
+    """ "; did you mean ...?" with the nearest of the known names, or nothing."""
+    near = nearest(str(word), known)
+    return f"; did you mean {near}?" if near else ""
+
+
+def nearest(word: str, known: Iterable[str]) -> str | None:
+    """The known name that is most like a word, if any is like it."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
