@@ -312,7 +312,7 @@ def _shape_misfits(value: _Valid, shape: Shape) -> list[Fault]:
     faults = []
     model = f"model={value('model.name')}"
     if value("model.source"):
-        model += " (model.shape=null if model.source has another shape)"
+        model += " (model.shape=null if its source has another shape)"
     if (max_length := value("max_length")) and max_length > shape.positions:
         message = f"above {shape.positions}, the longest input of {model}"
         faults.append(Fault("max_length", max_length, message))
@@ -325,8 +325,8 @@ def _shape_misfits(value: _Valid, shape: Shape) -> list[Fault]:
         if not matched:
             ends = sorted({re.sub(r"^.*layer\.\d+\.", "", name) for name in linears})
             known = (*ends, *{end.rpartition(".")[2] for end in ends})
-            message = f"matches no linear layer of {model}{did_you_mean(pattern, known)}"
-            faults.append(Fault("method.targets", pattern, f"{message}; it has {', '.join(ends)}"))
+            hint = did_you_mean(pattern, known) or f"; it has {', '.join(ends)}"
+            faults.append(Fault("method.targets", pattern, f"matches no linear layer of {model}{hint}"))
     smallest = min((min(widths) for widths in adapted.values()), default=None)
     if (rank := value("method.rank")) and smallest and rank > smallest:
         faults.append(Fault("method.rank", rank, f"above {smallest}, the width of a target layer of {model}"))

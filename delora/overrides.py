@@ -1,0 +1,196 @@
+"""The words of a command, KEY=VALUE and GROUP=OPTION, checked against conf/ before anything heavy is loaded.
+
+Hydra stops at the first fault and knows no types; this finds all faults at once. Hydra's own keys pass untouched.
+"""
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from delora.config import MISSING, ConfigError, Fault, Trial, did_you_mean, expected, nearest, show
+
+OPTIONAL_GROUPS = ("experiment",)
+
+
+def without_plus(words: Iterable[str]) -> list[str]:
+    """The words with `+experiment=x` as `experiment=x`: each group and key has its place in the config already."""
+    return [re.sub(r"^\+{1,2}(?!hydra[./])", "", word) for word in words]
+
+
+def check(
+    words: Sequence[str], conf: Path, *, multirun: bool, config: str = "config", more: Path | None = None
+) -> None:
+    """Finds all that is wrong with the words.
+
+    Each value of a sweep is checked, but not each combination of values.
+
+    Args:
+        words: the command's arguments that are no flags, after `without_plus`.
+        conf: the folder of configs.
+        multirun: whether a word may hold several values.
+        config: the name of the primary config.
+        more: another folder of configs, Hydra's --config-dir.
+
+    Raises:
+        ConfigError: with all faults together.
+    """
+    with initialize_config_dir(str(conf), version_base="1.3"):
+        faults = _Command(words, [conf, *([more.absolute()] if more else [])], multirun, config).faults
+    if faults:
+        raise ConfigError(faults)
+
+
+class _Command:
+    """The overrides of a command, with all that is wrong with them in `faults`."""
+
+    def __init__(self, words: Sequence[str], folders: Sequence[Path], multirun: bool, config: str):
+        self.faults: list[object] = []
+        self._folders, self._multirun, self._config = folders, multirun, config
+        groups = {path.name for folder in folders for path in folder.iterdir() if path.is_dir()}
+        self._options = {group: _options(folders, group) for group in sorted(groups)}
+        overrides = self._parse(words)
+        self._search = [f"file://{folder}" for folder in folders[1:]]
+        for override in overrides:
+            if override.key_or_group == "hydra.searchpath" and isinstance(override.value(), list):
+                self._search += override.value()  # type: ignore[operator]
+        own = [override for override in overrides if not override.is_hydra_override() and self._is_plain(override)]
+        choices = {o.key_or_group: self._choose(o) for o in own if o.key_or_group in self._options}
+        values = {o.key_or_group: self._values(o) for o in own if o.key_or_group not in self._options}
+        configs = [config for choice in _each_once(choices) if (config := self._compose(choice)) is not None]
+        self._check_keys(values, configs)
+        self._check_values(values, configs)
+
+    def _parse(self, words: Sequence[str]) -> list[Override]:
+        parser = OverridesParser.create(GlobalHydra.instance().config_loader())
+        overrides = []
+        for word in words:
+            try:
+                overrides += parser.parse_overrides([word])
+            except HydraException:
+                message = "cannot be read as KEY=VALUE; signs and spaces need quotes: 'KEY=\"a = b\"'"
+                self.faults.append(f"{word}: {message}")
+        return overrides
+
+    def _is_plain(self, override: Override) -> bool:
+        """Whether the word sets one key; the config's keys are neither removed nor moved."""
+        key = override.get_key_element()
+        if override.is_delete():
+            self.faults.append(f"{key}: no key can be left out; set it to another value")
+        elif override.package is not None:
+            self.faults.append(f"{key}: no group can be put elsewhere (@)")
+        else:
+            return True
+        return False
+
+    def _values(self, override: Override) -> list[Any]:
+        """The value, or each value of a sweep."""
+        if not override.is_sweep_override():
+            return [override.value()]
+        if not self._multirun:
+            message = "several values need -m, which runs each; a list is written [a,b]"
+            self.faults.append(f"{override.input_line}: {message}")
+        sweep = override.value()
+        if isinstance(sweep, IntervalSweep):
+            return [sweep.start, sweep.end]
+        return [Override._convert_value(value) for value in override.sweep_iterator()]  # type: ignore[arg-type]
+
+    def _choose(self, override: Override) -> list[str | None]:
+        """The options chosen from a group; a misspelt one is taken as the nearest, to find what else is wrong."""
+        group, known = override.key_or_group, self._options[override.key_or_group]
+        chosen: list[str | None] = []
+        for value in self._values(override):
+            if value in known or (value is None and group in OPTIONAL_GROUPS) or self._search[len(self._folders) - 1 :]:
+                chosen.append(value)
+                continue
+            self.faults.append(Fault(group, value, expected(value, known)))
+            chosen += [near] if (near := nearest(str(value), known)) else []
+        return chosen
+
+    def _compose(self, choice: Mapping[str, str | None]) -> DictConfig | None:
+        words = [f"{group}={show(option)}" for group, option in choice.items()]
+        try:
+            return compose(self._config, [*words, *([f"hydra.searchpath={show(self._search)}"] if self._search else [])])
+        except (HydraException, OmegaConfBaseException) as error:
+            self.faults.append(f"{' '.join(words)}: {error}")
+            return None
+
+    def _check_keys(self, values: Mapping[str, list[Any]], configs: Sequence[DictConfig]) -> None:
+        for key in values:
+            for config in configs:
+                if key not in _keys(config):
+                    self.faults.append(Fault(key, MISSING, self._no_such_key(key, config)))
+
+    def _no_such_key(self, key: str, config: DictConfig) -> str:
+        keys = _keys(config)
+        part, _, last = key.rpartition(".")
+        siblings = [k.rpartition(".")[2] for k in keys if k.rpartition(".")[0] == part]
+        if part in self._options and part in keys:
+            chosen = f"{part}={config[part].name}"
+            owners = [f"{part}={o}" for o in self._options[part] if last in self._option_keys(part, o)]
+            if owners:
+                return f"{chosen} has no such key; it belongs to {' and '.join(owners)}"
+            near = did_you_mean(last, siblings) or f"; it has {', '.join(siblings)}"
+            return f"{chosen} has no such key{near}"
+        if (near := nearest(last, siblings)) is not None:
+            return f"no such key; did you mean {f'{part}.{near}' if part else near}?"
+        namesakes = [k for k in keys if k.rpartition(".")[2] == last]
+        return f"no such key{did_you_mean(namesakes[0] if namesakes else key, keys)}"
+
+    @cache  # noqa: B019  (one command a process)
+    def _option_keys(self, group: str, option: str) -> list[str]:
+        paths = [folder / group / f"{option}.yaml" for folder in self._folders]
+        return [str(key) for path in paths if path.exists() for key in OmegaConf.load(path)]
+
+    def _check_values(self, values: Mapping[str, list[Any]], configs: Sequence[DictConfig]) -> None:
+        """The first values in each config, and each other value with the first ones of the other keys."""
+        first = {key: several[0] for key, several in values.items() if several}
+        for config in configs:
+            self._check_config(config, first)
+        others = [(key, value) for key, several in values.items() for value in several[1:]]
+        for key, value in others:
+            having = [config for config in configs if key in _keys(config)]
+            if having:
+                self._check_config(having[0], {**first, key: value})
+
+    def _check_config(self, config: DictConfig, values: Mapping[str, Any]) -> None:
+        config = config.copy()
+        for key, value in values.items():
+            if key not in _keys(config):
+                continue
+            try:
+                OmegaConf.update(config, key, value)
+            except OmegaConfBaseException as error:
+                self.faults.append(Fault(key, value, str(error).splitlines()[0]))
+        self.faults += Trial.check(config)[1]
+
+
+def _options(folders: Sequence[Path], group: str) -> list[str]:
+    return sorted(path.stem for folder in folders for path in (folder / group).glob("*.yaml"))
+
+
+def _each_once(choices: Mapping[str, list[str | None]]) -> list[dict[str, str | None]]:
+    """Choices that hold each option at least once, the first of each group beside the others' options."""
+    first = {group: options[0] for group, options in choices.items() if options}
+    return [first, *({**first, group: option} for group, options in choices.items() for option in options[1:])]
+
+
+def _keys(config: DictConfig) -> list[str]:
+    """The dotted keys of a config, groups of keys included."""
+
+    def walk(node: Mapping[Any, Any], prefix: str) -> Iterable[str]:
+        for key, value in node.items():
+            yield f"{prefix}{key}"
+            if isinstance(value, dict):
+                yield from walk(value, f"{prefix}{key}.")
+
+    return list(walk(OmegaConf.to_container(config, resolve=False), ""))  # type: ignore[arg-type]
