@@ -384,8 +384,10 @@ def _fault(details: ErrorDetails, config: Mapping[str, Any]) -> Fault:
     path = [part for part in details["loc"] if not isinstance(part, int)]
     key = ".".join(map(str, path))
     value = MISSING if kind == "missing" else look_up(config, key)
-    if len(path) < len(details["loc"]):
-        value = details["input"]  # an element of a list
+    if len(path) < len(details["loc"]):  # an element of a list
+        value = details["input"]
+        if kind == "missing":
+            return Fault(key, value, "the list is too short")
     if kind == "literal_error":
         return Fault(key, value, expected(value, re.findall(r"'([^']*)'", context["expected"])))
     if kind == "extra_forbidden":
@@ -400,16 +402,16 @@ def _fault(details: ErrorDetails, config: Mapping[str, Any]) -> Fault:
         "float_type": "expected a number",
         "finite_number": "expected a finite number",
         "bool_type": "expected true or false",
-        "string_type": "expected text",
+        "string_type": f"expected text; a number needs two kinds of quotes: '{key}=\"{show(value)}\"'",
         "string_too_short": "expected text",
         "string_pattern_mismatch": "expected 64 hexadecimal digits",
         "tuple_type": "expected a list, such as [query,value]",
         "too_short": "expected a list that is not empty",
-        "too_long": f"expected a list of {context.get('max_length')}",
-        "greater_than": f"must be above {bound}",
-        "greater_than_equal": f"must be at least {bound}",
-        "less_than": f"must be below {bound}",
-        "less_than_equal": f"must be at most {bound}",
+        "too_long": "the list is too long",
+        "greater_than": f"must be above {bound:g}",
+        "greater_than_equal": f"must be at least {bound:g}",
+        "less_than": f"must be below {bound:g}",
+        "less_than_equal": f"must be at most {bound:g}",
         "model_type": "expected a group of keys",
     }
     return Fault(key, value, messages.get(kind, details["msg"]))

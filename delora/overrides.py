@@ -19,9 +19,6 @@ from omegaconf.errors import OmegaConfBaseException
 
 from delora.config import MISSING, ConfigError, Fault, Trial, did_you_mean, expected, nearest, show
 
-OPTIONAL_GROUPS = ("experiment",)
-
-
 def without_plus(words: Iterable[str]) -> list[str]:
     """The words with `+experiment=x` as `experiment=x`: each group and key has its place in the config already."""
     return [re.sub(r"^\+{1,2}(?!hydra[./])", "", word) for word in words]
@@ -75,6 +72,8 @@ class _Command:
         overrides = []
         for word in words:
             try:
+                if word.startswith("="):
+                    raise HydraException("no key")
                 overrides += parser.parse_overrides([word])
             except HydraException:
                 message = "cannot be read as KEY=VALUE; signs and spaces need quotes: 'KEY=\"a = b\"'"
@@ -104,19 +103,19 @@ class _Command:
             return [sweep.start, sweep.end]
         return [Override._convert_value(value) for value in override.sweep_iterator()]  # type: ignore[arg-type]
 
-    def _choose(self, override: Override) -> list[str | None]:
+    def _choose(self, override: Override) -> list[str]:
         """The options chosen from a group; a misspelt one is taken as the nearest, to find what else is wrong."""
         group, known = override.key_or_group, self._options[override.key_or_group]
-        chosen: list[str | None] = []
+        chosen: list[str] = []
         for value in self._values(override):
-            if value in known or (value is None and group in OPTIONAL_GROUPS) or self._search[len(self._folders) - 1 :]:
+            if value in known:
                 chosen.append(value)
                 continue
             self.faults.append(Fault(group, value, expected(value, known)))
             chosen += [near] if (near := nearest(str(value), known)) else []
         return chosen
 
-    def _compose(self, choice: Mapping[str, str | None]) -> DictConfig | None:
+    def _compose(self, choice: Mapping[str, str]) -> DictConfig | None:
         words = [f"{group}={show(option)}" for group, option in choice.items()]
         try:
             return compose(self._config, [*words, *([f"hydra.searchpath={show(self._search)}"] if self._search else [])])
@@ -139,9 +138,10 @@ class _Command:
             owners = [f"{part}={o}" for o in self._options[part] if last in self._option_keys(part, o)]
             if owners:
                 return f"{chosen} has no such key; it belongs to {' and '.join(owners)}"
-            near = did_you_mean(last, siblings) or f"; it has {', '.join(siblings)}"
-            return f"{chosen} has no such key{near}"
-        if (near := nearest(last, siblings)) is not None:
+            if near := nearest(last, siblings):
+                return f"{chosen} has no such key; did you mean {part}.{near}?"
+            return f"{chosen} has no such key; it has {', '.join(siblings)}"
+        if near := nearest(last, siblings):
             return f"no such key; did you mean {f'{part}.{near}' if part else near}?"
         namesakes = [k for k in keys if k.rpartition(".")[2] == last]
         return f"no such key{did_you_mean(namesakes[0] if namesakes else key, keys)}"
@@ -178,7 +178,7 @@ def _options(folders: Sequence[Path], group: str) -> list[str]:
     return sorted(path.stem for folder in folders for path in (folder / group).glob("*.yaml"))
 
 
-def _each_once(choices: Mapping[str, list[str | None]]) -> list[dict[str, str | None]]:
+def _each_once(choices: Mapping[str, list[str]]) -> list[dict[str, str]]:
     """Choices that hold each option at least once, the first of each group beside the others' options."""
     first = {group: options[0] for group, options in choices.items() if options}
     return [first, *({**first, group: option} for group, options in choices.items() for option in options[1:])]

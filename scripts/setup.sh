@@ -3,8 +3,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ -x .venv/bin/python ] || python3 -m venv .venv
 stamp="$1 $(cat pyproject.toml constraints.txt | sha256sum)"
 if [ "$(cat ".venv/installed-$1" 2>/dev/null)" != "$stamp" ]; then
-    # torch first and alone: its constraint chooses the build that all else must accept.
-    .venv/bin/python -m pip install --quiet -c constraints.txt torch
     .venv/bin/python -m pip install --quiet -c constraints.txt -e ".[$1]"
     echo "$stamp" > ".venv/installed-$1"
 fi
