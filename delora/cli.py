@@ -1,38 +1,43 @@
 """The command `delora-run`. Imports neither torch nor transformers until a run starts."""
 
 import logging
+import os
 import re
 import sys
-import traceback
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from delora.errors import UserError
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-DONE, FAILED, BAD_INPUT, DIVERGED, INTERRUPTED = 0, 1, 2, 3, 130
+FAILED, BAD_INPUT, DIVERGED, INTERRUPTED = 1, 2, 3, 130
 
 HELP = """\
-delora-run [GROUP=OPTION ...] [KEY=VALUE ...]     compares parameter-efficient finetuning methods on GLUE
+delora-run [GROUP=OPTION ...] [KEY=VALUE ...]     trains a parameter-efficient finetuning method on a GLUE task
 
-  delora-run +experiment=quickstart                         MiniLM and synthetic data, no network
-  delora-run task=mrpc method=delora lr=1e-3                RoBERTa-base and GLUE from the hub or its cache
-  delora-run task=rte method=lora seed=43 model=minilm data.dir=FOLDER      GLUE's official TSV files
-  delora-run -m task=mrpc lr=1e-3,3e-3,1e-2 model=minilm    one run for each value
+Examples
+  delora-run +experiment=quickstart                       MiniLM and synthetic data, no network
+  delora-run task=mrpc method=delora lr=1e-3              RoBERTa-base and GLUE, from the hub or its cache
+  delora-run task=rte method=lora seed=43 model=minilm data.dir=FOLDER        GLUE's official TSV files
+  delora-run method=lora method.rank=16 --cfg job         the config with all its keys, nothing is trained
+  delora-run -m model=minilm lr=1e-3,3e-3,1e-2            a run for each value
 
-Groups (an option is a file of values; GROUP.KEY=VALUE changes one of them):
+Groups (* is the default; the keys of an option are changed with a dot: method.rank=16)
 {groups}
 
-Keys:
+Keys
 {keys}
 
-  --cfg job     print the resolved config and stop
-  -m            run all combinations of comma-separated values
+Flags
+  --cfg job         print the config and stop; with --resolve, values instead of references
+  -m, --multirun    run all combinations of values with commas between them
+  --hydra-help      Hydra's other flags
 
-Exit status: 0 done, 1 a trial failed, 2 bad input or something is missing, 3 the trial diverged, 130 interrupted.
+Exit status
+  0 done   1 a trial failed   2 bad input, or something is missing   3 the trial diverged   130 interrupted
 """
 
 
@@ -43,182 +48,107 @@ def conf_folder() -> Path:
     return installed if installed.is_dir() else package.parent / "conf"
 
 
-def main() -> None:
-    """Entry point of `delora-run`."""
-    arguments = [argument.removeprefix("+") if argument.startswith("+experiment=") else argument for argument in sys.argv[1:]]
-    if {"-h", "--help"} & set(arguments):
-        print(_help())
-        return
-    sys.argv[1:] = arguments
+def main() -> int:
+    """Runs the command; returns its exit status."""
+    if {"-h", "--help"} & set(sys.argv[1:]):
+        print(_help(), end="")
+        return 0
     try:
-        status = _run(arguments)
+        _start()
+    except UserError as error:
+        from delora.results import ResultsError
+
+        print(f"delora-run: error: {error}", file=sys.stderr)
+        return FAILED if isinstance(error, ResultsError) else BAD_INPUT
+    except OSError as error:  # a full disk, a folder without permission
+        print(f"delora-run: error: {error}", file=sys.stderr)
+        return FAILED
     except KeyboardInterrupt:
         print("delora-run: interrupted; finished trials stay valid", file=sys.stderr)
-        status = INTERRUPTED
-    sys.exit(status)
+        return INTERRUPTED
+    return 0
 
 
-def _run(arguments: Sequence[str]) -> int:
-    try:
-        _check(arguments)
-    except UserError as error:
-        return _report(error)
+def _start() -> None:
+    """Checks the command, then hands it to Hydra.
 
+    Raises:
+        UserError: the command is not right.
+        SystemExit: with the status of a single trial that is not done, or Hydra's own.
+    """
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach `main`; without it Hydra prints them and exits
     import hydra
+    from hydra._internal.utils import get_args_parser
+    from hydra.errors import HydraException
 
-    statuses: list[int] = []
+    from delora import overrides
 
-    def task(config: "DictConfig") -> None:
-        statuses.append(_run_trial(config))
+    sys.argv[1:] = overrides.without_plus(sys.argv[1:])
+    flags = get_args_parser().parse_args()
+    if sum(map(bool, (flags.run, flags.multirun, flags.cfg, flags.info, flags.shell_completion))) > 1:
+        raise UserError("only one of --run, --multirun, --cfg, --info and --shell-completion can be given")
+    if flags.resolve and not flags.cfg:
+        raise UserError("--resolve needs --cfg job")
+    try:
+        if not (flags.shell_completion or flags.hydra_help or flags.experimental_rerun or flags.config_path):
+            overrides.check(
+                flags.overrides,
+                conf_folder(),
+                multirun=flags.multirun or "hydra.mode=MULTIRUN" in flags.overrides,
+                config=flags.config_name or "config",
+                more=Path(flags.config_dir) if flags.config_dir else None,
+            )
+        hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(job)()
+    except HydraException as error:
+        raise UserError(str(error)) from error
 
-    hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(task)()
-    return max(statuses, default=DONE)
 
+def job(config: "DictConfig") -> None:
+    """Trains the trial of a composed config: what Hydra's launchers call.
 
-def _run_trial(config: "DictConfig") -> int:
-    from omegaconf import OmegaConf
+    Raises:
+        UserError: the config, or what it needs on this machine, is not right.
+        SystemExit: the trial diverged and is the only one.
+    """
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.types import RunMode
 
     from delora.config import Trial
 
-    plain = OmegaConf.masked_copy(config, [key for key in config if key != "hydra"])
-    try:
-        trial = Trial.from_config(plain)
-        logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    trial = Trial.from_config(config)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
 
-        from delora.console import print_results
-        from delora.run import run
+    from delora.console import print_results
+    from delora.run import run
 
-        results = run([trial])
-    except UserError as error:
-        return _report(error)
-    except OSError as error:
-        print(f"delora-run: {error}", file=sys.stderr)
-        return FAILED
-    except Exception:  # noqa: BLE001 - a fault of the program: the traceback is what a person can report
-        traceback.print_exc()
-        return FAILED
+    results = run([trial])
     print_results([trial], results)
-    return DIVERGED if results[0]["status"] == "diverged" else DONE
+    if results[0]["status"] == "diverged" and HydraConfig.get().mode is RunMode.RUN:
+        raise SystemExit(DIVERGED)
 
 
-def _report(error: UserError) -> int:
-    from delora.results import ResultsError
-
-    print(f"delora-run: error: {error}", file=sys.stderr)
-    return FAILED if isinstance(error, ResultsError) else BAD_INPUT
-
-
-# --- Checking a command line before anything heavy is imported
-
-
-def _check(arguments: Sequence[str]) -> None:
-    """Raises ConfigError with all that is wrong with the overrides, each with the nearest right name."""
-    from hydra import compose, initialize_config_dir
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-    from omegaconf import OmegaConf
-    from omegaconf.errors import OmegaConfBaseException
-
-    from delora.config import ConfigError, Trial, expected, nearest
-    from delora.results import flatten
-
-    groups = _groups()
-    faults: list[object] = []
-    choices: list[str] = []
-    values: list[tuple[str, list[Any]]] = []
-    parser = OverridesParser.create()
-    for argument in _overrides(arguments):
-        try:
-            override = parser.parse_override(argument)
-        except HydraException:
-            faults.append(f"{argument}: expected KEY=VALUE, such as lr=1e-3 (quote values with spaces or commas)")
-            continue
-        key = override.key_or_group
-        if key.split(".")[0].split("/")[0] == "hydra":
-            continue
-        several = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
-        if key in groups:
-            wrong = [value for value in several if str(value) not in groups[key] and value is not None]
-            faults += [f"{key}={value}: {expected(value, groups[key])}" for value in wrong]
-            if not wrong:
-                choices.append(f"{key}={'null' if several[0] is None else several[0]}")
-        else:
-            values.append((key, several))
-    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        config = compose("config", overrides=choices)
-    known = set(flatten(OmegaConf.to_container(config, resolve=False)))  # type: ignore[arg-type]
-    sections = {part.rpartition(".")[0] for part in known} - {""}
-    good: list[tuple[str, list[Any]]] = []
-    for key, several in values:
-        if key in known or key in sections:
-            good.append((key, several))
-        else:
-            near = nearest(key, [*known, *groups])
-            faults.append(f"{key}: no such key{f'; did you mean {near}?' if near else ''}{_owner(key)}")
-    OmegaConf.set_struct(config, False)
-    for overridden in _one_by_one(good):
-        changed = config.copy()
-        try:
-            for key, value in overridden.items():
-                OmegaConf.update(changed, key, _plain(value))
-            faults += Trial.check(changed)[1]
-        except OmegaConfBaseException as error:
-            faults.append(str(error).splitlines()[0])
-    if faults:
-        raise ConfigError(faults)
-
-
-def _plain(value: Any) -> Any:
-    """A parsed value as YAML would give it: quoted text as text."""
-    if isinstance(value, list):
-        return [_plain(item) for item in value]
-    return value.text if hasattr(value, "text") else value
-
-
-def _overrides(arguments: Sequence[str]) -> list[str]:
-    """The arguments that change the config, without Hydra's own options."""
-    takes_value = {"--cfg", "-c", "--package", "-p", "--config-path", "-cp", "--config-name", "-cn", "--config-dir", "-cd"}
-    found, skip = [], False
-    for argument in arguments:
-        if not skip and not argument.startswith("-"):
-            found.append(argument)
-        skip = argument in takes_value
-    return found
-
-
-def _one_by_one(values: Sequence[tuple[str, list[Any]]]) -> Iterator[dict[str, Any]]:
-    """The first value of each key, then every other value in turn."""
-    first = {key: several[0] for key, several in values}
-    yield first
-    for key, several in values:
-        for value in several[1:]:
-            yield first | {key: value}
-
-
-def _owner(key: str) -> str:
-    """Whose option a key of another choice of its group is: "; it belongs to delora"."""
-    group, _, option = key.partition(".")
-    files = sorted((conf_folder() / group).glob("*.yaml")) if option else []
-    owners = [file.stem for file in files if re.search(rf"^{re.escape(option)}:", file.read_text(), re.MULTILINE)]
-    return f"; it belongs to {' and '.join(owners)}" if owners else ""
-
-
-# --- Help
-
-
-def _groups() -> dict[str, list[str]]:
-    """The options of each group of configs."""
-    folders = sorted(folder for folder in conf_folder().iterdir() if folder.is_dir())
-    return {f.name: sorted(str(p.relative_to(f).with_suffix("")) for p in f.rglob("*.yaml")) for f in folders}
+# --- Help, from the files of conf/
 
 
 def _help() -> str:
     text = (conf_folder() / "config.yaml").read_text(encoding="utf-8")
     defaults = dict(re.findall(r"^  - (\w+): (\w+)$", text, re.MULTILINE))
-    groups = [
-        f"  {name:<11} {', '.join(f'{o} (default)' if o == defaults.get(name) else o for o in options)}"
-        for name, options in _groups().items()
-    ]
+    groups = [line for group, default in defaults.items() for line in _help_on_group(group, default)]
     keys = re.findall(r"^(\w+): (\S+)  # (.+)$", text, re.MULTILINE)
-    lines = [f"  {f'{key}={value}':<38} {comment}" for key, value, comment in keys]
-    return HELP.format(groups="\n".join(groups), keys="\n".join(lines))
+    return HELP.format(groups="\n".join(groups), keys="\n".join(_columns(keys)))
+
+
+def _help_on_group(group: str, default: str) -> Iterator[str]:
+    for path in sorted((conf_folder() / group).glob("*.yaml")):
+        comments = re.findall(r"^# (?!@|delora-run)(.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
+        mark = "*" if path.stem == default else " "
+        yield f"{mark} {f'{group}={path.stem}':<25}{comments[0] if comments else ''}"
+
+
+def _columns(keys: Sequence[tuple[str, str, str]]) -> Iterator[str]:
+    for key, value, comment in keys:
+        yield f"  {f'{key}={value}':<37}{comment}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

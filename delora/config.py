@@ -318,7 +318,8 @@ def _shape_misfits(value: _Valid, shape: Shape) -> list[Fault]:
         faults.append(Fault("max_length", max_length, message))
     if shape.width % shape.heads:
         faults.append(Fault("model.shape.heads", shape.heads, f"does not divide the width {shape.width}"))
-    linears, adapted = shape.linears(), {}
+    linears = shape.linears()
+    adapted: dict[str, tuple[int, int]] = {}
     for pattern in value("method.targets") or ():
         matched = {name: widths for name, widths in linears.items() if matches(pattern, name)}
         adapted |= matched
@@ -332,11 +333,9 @@ def _shape_misfits(value: _Valid, shape: Shape) -> list[Fault]:
         faults.append(Fault("method.rank", rank, f"above {smallest}, the width of a target layer of {model}"))
     if (blocks := value("method.blocks")) and (side := value("method.side")):
         turned = {"in": slice(0, 1), "out": slice(1, 2), "both": slice(0, 2)}[side]
-        widths = sorted({width for both in adapted.values() for width in both[turned] if width % blocks})
+        widths = sorted({width for pair in adapted.values() for width in pair[turned] if width % blocks})
         if widths:
-            message = (
-                f"does not divide {' and '.join(map(str, widths))}, the width of target layers of {model}"
-            )
+            message = f"does not divide {' and '.join(map(str, widths))}, the width of target layers of {model}"
             faults.append(Fault("method.blocks", blocks, message))
     return faults
 
@@ -355,9 +354,7 @@ def _resolve(config: DictConfig, prefix: str = "") -> tuple[dict[str, Any], list
                 plain[name], inner = _resolve(value, f"{prefix}{name}.")
                 faults += inner
             else:
-                plain[name] = (
-                    OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-                )
+                plain[name] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         except OmegaConfBaseException as error:
             faults.append(Fault(f"{prefix}{name}", plain[name], str(error).splitlines()[0]))
     return plain, faults
@@ -394,7 +391,7 @@ def _fault(details: ErrorDetails, config: Mapping[str, Any]) -> Fault:
         return Fault(key, MISSING, "no such key")
     if kind == "value_error":
         return Fault(key, value, str(context["error"]))
-    bound = next((context[name] for name in ("gt", "ge", "lt", "le") if name in context), None)
+    bound = next((f"{context[name]:.10g}" for name in ("gt", "ge", "lt", "le") if name in context), "")
     messages = {
         "missing": "is missing",
         "int_type": "expected a whole number",
@@ -408,10 +405,10 @@ def _fault(details: ErrorDetails, config: Mapping[str, Any]) -> Fault:
         "tuple_type": "expected a list, such as [query,value]",
         "too_short": "expected a list that is not empty",
         "too_long": "the list is too long",
-        "greater_than": f"must be above {bound:g}",
-        "greater_than_equal": f"must be at least {bound:g}",
-        "less_than": f"must be below {bound:g}",
-        "less_than_equal": f"must be at most {bound:g}",
+        "greater_than": f"must be above {bound}",
+        "greater_than_equal": f"must be at least {bound}",
+        "less_than": f"must be below {bound}",
+        "less_than_equal": f"must be at most {bound}",
         "model_type": "expected a group of keys",
     }
     return Fault(key, value, messages.get(kind, details["msg"]))

@@ -62,9 +62,7 @@ class Console:
 
     def diverged(self, trial: int, step: int) -> None:
         """A trial's loss stopped being finite."""
-        self.rich.print(
-            f"{self.trials[trial].id} diverged in step {step}: the loss is not finite", highlight=False
-        )
+        self.rich.print(f"{self.trials[trial].id} diverged in step {step}: the loss is not finite", highlight=False)
 
     def _title(self) -> str:
         if len(self.trials) > 1:
@@ -80,9 +78,7 @@ class Console:
         self.last_line = time.monotonic()
         left = (self.last_line - self.start) / max(step, 1) * (self.total_steps - step)
         remaining = f", {left:.0f} s left" if 0 < step < self.total_steps else ""
-        line = (
-            f"{self._title()}  step {step}/{self.total_steps}  epoch {epoch:.2f}  {self._state()}{remaining}"
-        )
+        line = f"{self._title()}  step {step}/{self.total_steps}  epoch {epoch:.2f}  {self._state()}{remaining}"
         print(line, file=sys.stderr, flush=True)
 
 

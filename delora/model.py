@@ -83,7 +83,7 @@ class Fleet(nn.Module):
         self.trials, self.precision = trials, trials[0].precision
         self.tokenizer: transformers.PreTrainedTokenizerBase | None = None
         self.dtype = dtype = DTYPES[self.precision]
-        self.base = base.to(device, dtype).requires_grad_(False)
+        self.base = base.to(device=device, dtype=dtype).requires_grad_(False)  # type: ignore[call-arg]
         seeds = [trial.seed for trial in trials]
         self.keys = TokenKeys(seeds, device)
         self._train_head(seeds, dtype, device)
@@ -93,14 +93,10 @@ class Fleet(nn.Module):
                 _replace(base, name, Dropout(self.keys, name, [module.p] * len(seeds)))
 
     def _train_head(self, seeds: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-        linears = [
-            n for n, m in self.base.named_modules() if isinstance(m, nn.Linear) and n.split(".")[0] in HEADS
-        ]
+        linears = [n for n, m in self.base.named_modules() if isinstance(m, nn.Linear) and n.split(".")[0] in HEADS]
         if not linears:
             names = " or ".join(HEADS)
-            raise UserError(
-                f"{type(self.base).__name__} has no classification head: no linear layer under {names}"
-            )
+            raise UserError(f"{type(self.base).__name__} has no classification head: no linear layer under {names}")
         std = getattr(self.base.config, "initializer_range", 0.02)
         for name in linears:
             linear = self.base.get_submodule(name)
@@ -156,9 +152,7 @@ class Fleet(nn.Module):
 
     def frozen(self) -> Iterator[tuple[str, nn.Parameter]]:
         """The encoder's own parameters by name."""
-        return (
-            (n, p) for n, p in self.base.named_parameters() if not p.requires_grad and ".method." not in n
-        )
+        return ((n, p) for n, p in self.base.named_parameters() if not p.requires_grad and ".method." not in n)
 
     def checksum(self) -> Tensor:
         """A checksum of the frozen weights' bits, int64, left on the device."""
@@ -199,9 +193,7 @@ class Fleet(nn.Module):
         """
         own = self._trial_tensors()
         if own.keys() != state.keys() or any(own[n][trial].shape != t.shape for n, t in state.items()):
-            odd = sorted(own.keys() ^ state.keys()) or [
-                n for n, t in state.items() if own[n][trial].shape != t.shape
-            ]
+            odd = sorted(own.keys() ^ state.keys()) or [n for n, t in state.items() if own[n][trial].shape != t.shape]
             raise UserError(f"the adapter does not fit this model and method: {', '.join(odd[:4])}")
         for name, tensor in state.items():
             own[name][trial] = tensor
@@ -211,13 +203,12 @@ class Fleet(nn.Module):
         base = copy.deepcopy(self.base)
         for name, module in list(base.named_modules()):
             if isinstance(module, AdaptedLinear):
-                weight, bias = module.weight + module.method.delta(module.weight)[trial], module.bias
+                weight: Tensor = module.weight + module.method.delta(module.weight)[trial]
+                bias: Tensor | None = module.bias
             elif isinstance(module, HeadLinear):
                 weight, bias = module.weight[trial], None if module.bias is None else module.bias[trial]
             elif isinstance(module, Dropout):
-                if not name.endswith(".dropout") or not isinstance(
-                    base.get_submodule(name[:-8]), AdaptedLinear
-                ):
+                if not name.endswith(".dropout") or not isinstance(base.get_submodule(name[:-8]), AdaptedLinear):
                     _replace(base, name, nn.Dropout(module.p))
                 continue
             else:
@@ -242,7 +233,8 @@ def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def _plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    linear = nn.Linear(*weight.T.shape, bias=bias is not None, dtype=weight.dtype, device=weight.device)
+    out_features, in_features = weight.shape
+    linear = nn.Linear(in_features, out_features, bias=bias is not None)
     linear.weight = nn.Parameter(weight.detach().clone())
     if bias is not None:
         linear.bias = nn.Parameter(bias.detach().clone())

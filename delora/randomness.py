@@ -70,9 +70,7 @@ class TokenKeys:
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device):
-        self._seed_K = torch.tensor(
-            [_signed32(hash64("dropout", s)) for s in seeds], dtype=torch.int32, device=device
-        )
+        self._seed_K = torch.tensor([_signed32(hash64("dropout", s)) for s in seeds], dtype=torch.int32, device=device)
         self.key_KBT = torch.zeros(len(seeds), 1, 1, dtype=torch.int32, device=device)
 
     def set(self, step: int, first: int, examples: int, tokens: int) -> None:
@@ -99,9 +97,7 @@ class Dropout(nn.Module):
         device = keys.key_KBT.device
         drop_K = [min(round(p * (1 << 32)), (1 << 32) - 1) for p in rates]
         self.threshold_K = torch.tensor([d - (1 << 31) for d in drop_K], dtype=torch.int32, device=device)
-        self.scale_K = torch.tensor(
-            [1 / (1 - d / (1 << 32)) for d in drop_K], dtype=torch.float64, device=device
-        )
+        self.scale_K = torch.tensor([1 / (1 - d / (1 << 32)) for d in drop_K], dtype=torch.float64, device=device)
 
     @property
     def p(self) -> float:

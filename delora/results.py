@@ -332,9 +332,7 @@ class TrialFolder:
         for name in os.listdir(self._folder):
             if name.startswith(".") and name.endswith(".tmp"):
                 os.unlink(name, dir_fd=self._folder)
-        self.save(
-            CONFIG, yaml.dump(self.config, Dumper=_YAML_DUMPER, sort_keys=False, allow_unicode=True).encode()
-        )
+        self.save(CONFIG, yaml.dump(self.config, Dumper=_YAML_DUMPER, sort_keys=False, allow_unicode=True).encode())
 
     def _make(self) -> None:
         try:
@@ -556,9 +554,7 @@ def find(root: Path | str) -> Found:
     return found
 
 
-def read_tensors(
-    path: Path | str, framework: Literal["numpy", "pt"]
-) -> tuple[dict[str, Any], dict[str, str]]:
+def read_tensors(path: Path | str, framework: Literal["numpy", "pt"]) -> tuple[dict[str, Any], dict[str, str]]:
     """Tensors by name, any shape, and metadata of a safetensors file.
 
     Raises:
@@ -585,9 +581,7 @@ def _content(path: Path) -> bytes:
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "safetensors", "hydra-core")
 
 
-def provenance(
-    *, device: str, precision: str, determinism: Mapping[str, Any], data: Origin, weights: Origin
-) -> MadeBy:
+def provenance(*, device: str, precision: str, determinism: Mapping[str, Any], data: Origin, weights: Origin) -> MadeBy:
     """What made a result: versions, commit, hardware and inputs; neither user, host nor paths.
 
     Args:
@@ -646,9 +640,7 @@ def _commit(package: Path) -> str | None:
         return run.stdout.strip()
 
     try:
-        git(
-            "ls-files", "--error-unmatch", "--", Path(__file__).name
-        )  # an environment may lie in a foreign checkout
+        git("ls-files", "--error-unmatch", "--", Path(__file__).name)  # an environment may lie in a foreign checkout
         return git("describe", "--always", "--abbrev=40", "--dirty", "--exclude=*")
     except (OSError, subprocess.SubprocessError):
         return None

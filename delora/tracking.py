@@ -202,9 +202,7 @@ class Tracker:
     def finish(self, status: str, summary: Mapping[str, Any]) -> None:
         """Ends the run: done, diverged or failed; wandb shows the last as failed. Does not wait for wandb."""
         summary = {"status": status, **_flat(summary)}
-        self._tracking._send(
-            {"do": "finish", "run": self.id, "failed": status == "failed", "summary": summary}
-        )
+        self._tracking._send({"do": "finish", "run": self.id, "failed": status == "failed", "summary": summary})
 
 
 def run_id(trial_id: str, config: Mapping[str, Any], ignore: Collection[str] = ()) -> str:

@@ -159,9 +159,7 @@ def example_losses(logits_KBC: Tensor, labels_KB: Tensor) -> Tensor:
     """Cross-entropy (classes) or squared error (scores) of each example, (K, B)."""
     if labels_KB.is_floating_point():
         return (logits_KBC[..., 0] - labels_KB).square()
-    return F.cross_entropy(logits_KBC.flatten(0, 1), labels_KB.flatten(), reduction="none").view(
-        labels_KB.shape
-    )
+    return F.cross_entropy(logits_KBC.flatten(0, 1), labels_KB.flatten(), reduction="none").view(labels_KB.shape)
 
 
 def predict(fleet: Fleet, tokens: Tokens, index_KS: Tensor, batch_size: int) -> Tensor:
@@ -202,9 +200,7 @@ def _backward(fleet: Fleet, tokens: Tokens, index_KB: Tensor, totals: Totals, ac
     return loss_K
 
 
-def _evaluate(
-    fleet: Fleet, data: Data, alive: list[bool], epoch: int, step: int
-) -> dict[int, dict[str, Any]]:
+def _evaluate(fleet: Fleet, data: Data, alive: list[bool], epoch: int, step: int) -> dict[int, dict[str, Any]]:
     """Loss, metrics, distances, λ and logits on the validation rows, by trial; trials that diverged are left out."""
     logits_KSC = predict(fleet, data.validation, data.validation_KS, fleet.trials[0].batch_size)
     labels_KS = data.validation.labels_S[data.validation_KS.to(fleet.device)]
@@ -241,37 +237,28 @@ def _better(new: Score, best: Score | None, headline: str) -> bool:
 
 def _retire(optimizer: FleetAdamW, diverged_step_K: Tensor, outcomes: list[Outcome], report: Report) -> None:
     """Marks the trials that diverged since the last call."""
-    for trial, (alive, step) in enumerate(
-        zip(optimizer.alive_K.tolist(), diverged_step_K.tolist(), strict=True)
-    ):
+    for trial, (alive, step) in enumerate(zip(optimizer.alive_K.tolist(), diverged_step_K.tolist(), strict=True)):
         if not alive and outcomes[trial].status == "running":
             outcomes[trial].status, outcomes[trial].diverged_step = "diverged", step
             report.diverged(trial, step)
 
 
-def _report_step(
-    optimizer: FleetAdamW, step: int, steps_per_epoch: int, loss_K: Tensor, report: Report
-) -> None:
-    losses = [
-        loss if alive else None
-        for loss, alive in zip(loss_K.tolist(), optimizer.alive_K.tolist(), strict=True)
-    ]
+def _report_step(optimizer: FleetAdamW, step: int, steps_per_epoch: int, loss_K: Tensor, report: Report) -> None:
+    losses = [loss if alive else None for loss, alive in zip(loss_K.tolist(), optimizer.alive_K.tolist(), strict=True)]
     report.step(step, step / steps_per_epoch, losses, optimizer.rates(step - 1).tolist())
 
 
-def _score_final(
-    fleet: Fleet, data: Data, optimizer: FleetAdamW, best_values: Tensor, outcomes: list[Outcome]
-) -> None:
+def _score_final(fleet: Fleet, data: Data, optimizer: FleetAdamW, best_values: Tensor, outcomes: list[Outcome]) -> None:
     """Scores the last values where MNLI asks for it, then the best ones on test, which stay in the fleet."""
     batch_size = fleet.trials[0].batch_size
-    scored = [k for k, outcome in enumerate(outcomes) if outcome.best is not None]
+    best = {k: outcome.best for k, outcome in enumerate(outcomes) if outcome.best is not None}
 
     def score_rows(tokens: Tokens, index_KS: Tensor, name: str) -> dict[int, dict[str, float]]:
         logits_KSC = predict(fleet, tokens, index_KS, batch_size)
-        for k in scored:
+        labels_KS = tokens.labels_S[index_KS.to(fleet.device)]
+        for k in best:
             outcomes[k].predictions[name] = logits_KSC[k].cpu()
-        labels_S = tokens.labels_S
-        return {k: _score(data.task, logits_KSC[k], labels_S[index_KS[k].to(fleet.device)]) for k in scored}
+        return {k: _score(data.task, logits_KSC[k], labels_KS[k]) for k in best}
 
     def mismatched() -> dict[int, float]:
         assert data.mismatched is not None
@@ -280,15 +267,16 @@ def _score_final(
 
     if data.mismatched is not None and data.test_KS is None:
         for k, accuracy in mismatched().items():
-            outcomes[k].last.validation[MISMATCHED] = accuracy
+            last = outcomes[k].last
+            if last is not None:
+                last.validation[MISMATCHED] = accuracy
     optimizer.values.copy_(best_values)
     if data.test_KS is not None:
         for k, metrics in score_rows(data.validation, data.test_KS, "test").items():
-            outcomes[k].best.test = metrics
+            best[k].test = metrics
     if data.mismatched is not None:
         for k, accuracy in mismatched().items():
-            best = outcomes[k].best
-            (best.validation if best.test is None else best.test)[MISMATCHED] = accuracy
+            (best[k].test or best[k].validation)[MISMATCHED] = accuracy
     for k, outcome in enumerate(outcomes):
         if outcome.status == "running":
             outcome.status = "done"

@@ -2,6 +2,10 @@ import os
 from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
+
+from delora.cli import conf_folder
+from delora.config import Trial
 
 
 @pytest.fixture(scope="session")
@@ -14,3 +18,9 @@ def shared() -> Path:
             pytest.fail(reason)
         pytest.skip(reason)
     return folder
+
+
+def compose_trial(*overrides: str) -> Trial:
+    """The trial that a command line with these overrides runs."""
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        return Trial.from_config(compose("config", overrides=list(overrides)))

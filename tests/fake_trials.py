@@ -17,8 +17,26 @@ METHODS = {
     "ether": (6e-3, {"side": "in", "blocks": 4}, 4, 0.9, 2.8),
     "etherplus": (6e-3, {"side": "both", "blocks": 4}, 2, 1.3, 1.7),
 }
-BEST = {"mrpc": 0.88, "rte": 0.76, "cola": 0.6, "stsb": 0.9, "sst2": 0.94, "mnli": 0.87, "qnli": 0.92, "qqp": 0.9}
-FLOOR = {"mrpc": 0.68, "rte": 0.53, "cola": 0.0, "stsb": 0.0, "sst2": 0.51, "mnli": 0.35, "qnli": 0.5, "qqp": 0.63}
+BEST = {
+    "mrpc": 0.88,
+    "rte": 0.76,
+    "cola": 0.6,
+    "stsb": 0.9,
+    "sst2": 0.94,
+    "mnli": 0.87,
+    "qnli": 0.92,
+    "qqp": 0.9,
+}
+FLOOR = {
+    "mrpc": 0.68,
+    "rte": 0.53,
+    "cola": 0.0,
+    "stsb": 0.0,
+    "sst2": 0.51,
+    "mnli": 0.35,
+    "qnli": 0.5,
+    "qqp": 0.63,
+}
 LAYERS = [f"encoder.layer.{i}.attention.self.{part}" for i in range(6) for part in ("query", "value")]
 
 
@@ -47,7 +65,12 @@ def result(config: dict, score: float | None, validation: float | None, status: 
     headline = HEADLINES.get(config["task"]["name"], "accuracy")
     epoch = max(1, config["epochs"] - 2)
     test = {headline: score} if config["protocol"]["name"] == "paper" else None
-    at = {"epoch": epoch, "step": epoch * 115, "validation": {"loss": 0.4, headline: validation}, "test": test}
+    at = {
+        "epoch": epoch,
+        "step": epoch * 115,
+        "validation": {"loss": 0.4, headline: validation},
+        "test": test,
+    }
     return {
         "schema": 1, "id": f"fake-{abs(hash(json.dumps(config))) % 10**8}", "sweep": "fake", "status": status,
         "config": config, "headline": headline,
@@ -85,7 +108,8 @@ def write(folder: Path, result: dict, lines: list[dict]) -> Path:
     folder.mkdir(parents=True)
     (folder / "config.yaml").write_text(json.dumps(result["config"]))
     steps = [
-        {"kind": "step", "step": 10 * i, "epoch": i / 11.5, "loss": 0.6, "lr": 1e-4, "seconds": 0.3 * i} for i in range(1, 90)
+        {"kind": "step", "step": 10 * i, "epoch": i / 11.5, "loss": 0.6, "lr": 1e-4, "seconds": 0.3 * i}
+        for i in range(1, 90)
     ]
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in steps + lines))
     (folder / "result.json").write_text(json.dumps(result))

@@ -39,7 +39,7 @@ FILES = {
     "qqp": ("id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate", "7\t8\t9\tWhy?\tHow?\t1"),
     "mnli": (
         "\t".join(
-            ["index", "promptID", "pairID", "genre", "sentence1_binary_parse", "sentence2_binary_parse"]
+            ["index", "promptID", "pairID", "genre", "sentence1_binary_parse", "sentence2_binary_parse"]  # noqa: RUF005
             + ["sentence1_parse", "sentence2_parse", "sentence1", "sentence2", "label1", "gold_label"]
         ),
         "0\t1\t1n\tg\t( A )\t( B )\t(S A)\t(S B)\tA.\tB.\tcontradiction\tneutral",
@@ -84,9 +84,7 @@ def as_hub(path: Path, task: Task) -> list[tuple[tuple[str, ...], float]]:
     rows = []
     with path.open(encoding="utf-8-sig") as file:
         if task.name == "cola":
-            records = [
-                {"sentence": row[3], "label": row[1]} for row in csv.reader(file, "excel-tab", quoting=3)
-            ]
+            records = [{"sentence": row[3], "label": row[1]} for row in csv.reader(file, "excel-tab", quoting=3)]
             text, label = ("sentence",), "label"
         else:
             records = list(csv.DictReader(file, dialect="excel-tab", quoting=csv.QUOTE_NONE))
@@ -141,9 +139,7 @@ def test_byte_order_mark_and_windows_line_ends_change_nothing(tmp_path, name):
     task = small(name)
     plain = load(task, dir=str(write(tmp_path / "plain", task)))
     content = b"\xef\xbb\xbf" + "\r\n".join([*lines(name), ""]).encode()
-    dressed = load(
-        task, dir=str(write(tmp_path / "dressed", task, {"train.tsv": content, "dev.tsv": content}))
-    )
+    dressed = load(task, dir=str(write(tmp_path / "dressed", task, {"train.tsv": content, "dev.tsv": content})))
     assert dressed.sha256 == plain.sha256
 
 
@@ -190,7 +186,7 @@ FAULTS = {
     "column missing": (
         "mrpc",
         b"#1 ID\t#2 ID\t#1 String\n",
-        "line 1: no column #2 String and no Quality, expected a header with #1 String, #2 String, Quality, found '#1 ID",
+        "line 1: no column #2 String and no Quality, expected a header with #1 String, #2 String, Quality, found '#1 ID",  # noqa: E501
     ),
     "a test file": ("qnli", b"index\tquestion\tsentence\n0\ta\tb\n", "line 1: no column label, expected"),
     "another task's file": ("sst2", "\n".join(lines("rte")).encode(), "line 1: no column sentence, expected"),
@@ -259,9 +255,7 @@ def test_a_real_file_cut_in_half(shared, tmp_path):
     data = (shared / "glue" / "RTE" / "train.tsv").read_bytes()
     (tmp_path / "RTE" / "train.tsv").write_bytes(data[: len(data) // 2])
     (tmp_path / "RTE" / "dev.tsv").write_bytes((shared / "glue" / "RTE" / "dev.tsv").read_bytes())
-    assert "train.tsv: 1,2" in fault(TASKS["rte"], tmp_path) and "expected 2,490" in fault(
-        TASKS["rte"], tmp_path
-    )
+    assert "train.tsv: 1,2" in fault(TASKS["rte"], tmp_path) and "expected 2,490" in fault(TASKS["rte"], tmp_path)
 
 
 def test_faults_of_several_files_and_lines_come_together(tmp_path):
@@ -418,9 +412,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
             deep = "recursive=true" in self.path.lower()
             entries = [self.entry(file) for file in self.files if deep or os.path.dirname(file) == under]
             folders = set() if under else {os.path.dirname(file) for file in self.files} - {""}
-            entries += [
-                {"type": "directory", "oid": "0" * 40, "size": 0, "path": folder} for folder in folders
-            ]
+            entries += [{"type": "directory", "oid": "0" * 40, "size": 0, "path": folder} for folder in folders]
             status, body, headers = 200, json.dumps(entries).encode(), {}
         elif path == api or path.startswith(f"{api}/revision/"):
             siblings = [{"rfilename": file} for file in self.files]
@@ -465,9 +457,7 @@ def wnli_hub():
 
 def fresh(home: Path, endpoint: str) -> dict[str, str]:
     """The environment of a machine whose only network is `endpoint`."""
-    kept = {
-        k: v for k, v in os.environ.items() if not k.upper().startswith(("HF_", "DELORA_", "TRANSFORMERS_"))
-    }
+    kept = {k: v for k, v in os.environ.items() if not k.upper().startswith(("HF_", "DELORA_", "TRANSFORMERS_"))}
     proxies = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
     paths = {"HF_HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[1])}
     return {**kept, **proxies, **paths, "HF_ENDPOINT": endpoint}
@@ -505,9 +495,7 @@ def test_the_command_that_the_error_names_works(wnli_hub, tmp_path):
     assert "HF_HUB_OFFLINE is set" in message
     command = next(line for line in message.splitlines() if "hf download" in line).split("   once")[0]
     hf = Path(sys.executable).with_name("hf")
-    subprocess.run(
-        [str(hf), *shlex.split(command)[1:]], env=environment, check=True, capture_output=True, timeout=60
-    )
+    subprocess.run([str(hf), *shlex.split(command)[1:]], env=environment, check=True, capture_output=True, timeout=60)
     assert load_apart({**environment, "HF_HUB_OFFLINE": "1"}).startswith("cache ")
 
 
@@ -528,9 +516,7 @@ def test_a_silent_network_ends_the_process_within_seconds(tmp_path):
 @pytest.mark.parametrize("how", ["refused", "unknown name", "name look-up hangs", "server error"])
 def test_an_unusable_hub_is_known_within_seconds(monkeypatch, how):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(
-        constants, "ENDPOINT", "http://127.0.0.1:1" if how == "refused" else "http://hub.invalid"
-    )
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:1" if how == "refused" else "http://hub.invalid")
     if how == "name look-up hangs":
         monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: time.sleep(20))
     if how == "server error":

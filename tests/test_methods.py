@@ -27,9 +27,7 @@ def build(file: dict, meta: dict, seeds: list[int], dtype: torch.dtype):
     if kind.startswith("delora"):
         init = "residual" if kind == "delora_official" else "zero"
         lam = trials * options["lambda_init"]
-        return DeLoRA(
-            file["W"], draw, rank=options["r"], lambda_init=lam, lambda_lr=lam, init=init, scaling="column"
-        )
+        return DeLoRA(file["W"], draw, rank=options["r"], lambda_init=lam, lambda_lr=lam, init=init, scaling="column")
     if kind in ("lora_peft", "dora_peft"):
         alpha = trials * options["scaling"] * options["r"]
         if kind == "lora_peft":
@@ -63,9 +61,7 @@ def test_all_golden_files_are_here(shared):
 
 @pytest.mark.parametrize("trials", [1, 3])
 @pytest.mark.parametrize("dtype", ["f64", "f32"])
-@pytest.mark.parametrize(
-    "kind", ["delora_official", "delora_peft", "lora_peft", "dora_peft", "ether_", "etherplus_"]
-)
+@pytest.mark.parametrize("kind", ["delora_official", "delora_peft", "lora_peft", "dora_peft", "ether_", "etherplus_"])
 def test_golden_layers(shared, kind, dtype, trials):
     paths = sorted((shared / "golden" / "layers").glob(f"{kind}*_{dtype}.safetensors"))
     assert paths, kind
@@ -84,9 +80,7 @@ def test_golden_layers(shared, kind, dtype, trials):
         ours["delta_W"] = method.delta(file["W"]).detach()
         for name in [n for n in file if n.startswith("grad_") or n in ("y", "delta_W")]:
             mine = ours[name][here].reshape(file[name].shape)
-            bound = (
-                FLOAT64 if dtype == "f64" else FLOAT32_GRADIENT if name.startswith("grad") else FLOAT32_OUTPUT
-            )
+            bound = FLOAT64 if dtype == "f64" else FLOAT32_GRADIENT if name.startswith("grad") else FLOAT32_OUTPUT
             if name == "delta_W":  # a difference: its rounding is relative to W
                 assert close(mine + file["W"], file["W_eff"], bound), (path.name, name)
             else:

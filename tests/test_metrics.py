@@ -68,9 +68,7 @@ def test_evaluates_own_way_of_computing_gives_the_same(name):
     task, random = TASKS[name], np.random.RandomState(1)
     predictions, labels = draw(task, "random", 50, random), draw(task, "random", 50, random)
     assert isinstance(metric(name), evaluate.Metric)
-    assert metric(name).compute(predictions=predictions, references=labels) == score(
-        task, predictions, labels
-    )
+    assert metric(name).compute(predictions=predictions, references=labels) == score(task, predictions, labels)
 
 
 def test_undefined_correlations_are_nan_without_a_warning():

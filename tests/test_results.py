@@ -107,9 +107,7 @@ def small_disk(tmp_path: Path):
 def test_a_trial_is_read_back(path):
     with open_trial(path, CONFIG) as folder:
         assert not folder.left_over and folder.finished is None
-        folder.record(
-            {"kind": "evaluation", "step": 0, "epoch": 0, "loss": 0.7, "metrics": {"accuracy": 0.5}}
-        )
+        folder.record({"kind": "evaluation", "step": 0, "epoch": 0, "loss": 0.7, "metrics": {"accuracy": 0.5}})
         folder.record({"kind": "step", "step": 10, "epoch": 1.0, "loss": 0.5, "lr": 1e-3, "seconds": 1.0})
         folder.finish(a_result())
     assert yaml.safe_load((path / "config.yaml").read_text()) == CONFIG
@@ -161,8 +159,7 @@ def test_tensors_are_read_back_to_the_bit(path, dtype):
     stored, about = read_tensors(path / "adapter.safetensors", "pt")
     assert about == {"method": "delora"} and stored.keys() == tensors.keys()
     assert all(
-        torch.equal(stored[name], tensors[name]) and stored[name].dtype == tensors[name].dtype
-        for name in stored
+        torch.equal(stored[name], tensors[name]) and stored[name].dtype == tensors[name].dtype for name in stored
     )
 
 
@@ -237,9 +234,7 @@ def test_another_config_is_refused_with_the_difference(path):
     }
     assert "name=" in lines[-1] and "delete" in lines[-1]
     with pytest.raises(UserError, match=r"logger\.mode"):
-        open_trial(
-            path, {**CONFIG, "logger": {"mode": "offline"}}, ignore=["log"]
-        )  # a key, not a prefix of one
+        open_trial(path, {**CONFIG, "logger": {"mode": "offline"}}, ignore=["log"])  # a key, not a prefix of one
     open_trial(path, {**CONFIG, "logger": {"mode": "offline"}}, ignore=["logger"]).close()
     assert yaml.safe_load((path / "config.yaml").read_text())["logger"] == {"mode": "offline"}
 
@@ -258,9 +253,7 @@ def test_foreign_folders_are_refused_and_left_as_they_are(tmp_path):
     ]:
         with pytest.raises(UserError, match=reason):
             open_trial(tmp_path / name, CONFIG)
-    assert os.listdir(tmp_path / "thesis") == ["chapter.tex"] and os.listdir(tmp_path / "tool") == [
-        "config.yaml"
-    ]
+    assert os.listdir(tmp_path / "thesis") == ["chapter.tex"] and os.listdir(tmp_path / "tool") == ["config.yaml"]
     (tmp_path / "empty").mkdir()
     open_trial(tmp_path / "empty", CONFIG).close()
 
@@ -345,9 +338,7 @@ def test_a_left_over_trial_goes_on_from_a_step(path, step):
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     steps = [line["step"] for line in lines if line["kind"] == "step"]
     evaluated = [line["step"] for line in lines if line["kind"] == "evaluation"]
-    assert steps == [s for s in range(10) if s <= step] + [1000] and evaluated == [
-        s for s in (0, 5) if s <= step
-    ]
+    assert steps == [s for s in range(10) if s <= step] + [1000] and evaluated == [s for s in (0, 5) if s <= step]
 
 
 def test_damage_in_the_middle_is_not_taken_for_a_torn_line(path):
@@ -406,9 +397,7 @@ def test_a_full_disk_leaves_only_whole_files(small_disk):
     path = small_disk / "trial"
     with open_trial(path, CONFIG) as folder:
         folder.save("adapter.safetensors", b"a" * 10_000)
-        with pytest.raises(
-            ResultsError, match=r"trial/adapter.safetensors: No space left on device.*Free some space"
-        ):
+        with pytest.raises(ResultsError, match=r"trial/adapter.safetensors: No space left on device.*Free some space"):
             folder.save("adapter.safetensors", b"b" * 60_000)
         assert (path / "adapter.safetensors").read_bytes() == b"a" * 10_000
         line, written = {"kind": "step", "step": 0, "text": "x" * 1000}, 0
@@ -537,17 +526,13 @@ def test_a_torn_line_is_left_out_and_a_damaged_one_named(path):
 
 
 def test_a_thousand_trials_are_read_quickly_and_without_torch(tmp_path):
-    layers = {
-        f"encoder.layer.{i}.attention.self.{part}": 0.1 for i in range(6) for part in ("query", "value")
-    }
+    layers = {f"encoder.layer.{i}.attention.self.{part}": 0.1 for i in range(6) for part in ("query", "value")}
     for seed in range(1000):
         folder = tmp_path / f"lr{seed % 8}" / f"seed{seed}"
         folder.mkdir(parents=True)
         (folder / "result.json").write_text(json.dumps(a_result({**CONFIG, "seed": seed})))
         lines = [{"kind": "step", "step": step, "loss": 0.1, "lr": 0.1} for step in range(0, 300, 10)]
-        lines += [
-            {"kind": "evaluation", "step": 30, "metrics": {}, "distance": layers, "lambda": layers}
-        ] * 10
+        lines += [{"kind": "evaluation", "step": 30, "metrics": {}, "distance": layers, "lambda": layers}] * 10
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     code = """
 import time
@@ -580,9 +565,7 @@ def test_the_commit_is_the_checkouts_that_the_code_runs_from(tmp_path, monkeypat
     def git(*arguments: str) -> str:
         environment = {key: value for key, value in os.environ.items() if key != "GIT_DIR"}
         command = ["git", "-c", "user.name=n", "-c", "user.email=e@example.org", *arguments]
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True
-        ).stdout
+        return subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
 
     def commit(folder: str) -> str | None:
         results._commit.cache_clear()

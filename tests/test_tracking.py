@@ -170,9 +170,7 @@ def test_trials_side_by_side_hold_their_curves_offline(tmp_path, warnings):
     }
     start = time.monotonic()
     with Tracking("auto", "p") as wandb:
-        trackers = [
-            wandb.start(f"sweep/t{i}", {**CONFIG, "seed": i}, tmp_path / f"t{i}", "sweep") for i in range(3)
-        ]
+        trackers = [wandb.start(f"sweep/t{i}", {**CONFIG, "seed": i}, tmp_path / f"t{i}", "sweep") for i in range(3)]
         log_steps(trackers, range(600))
         trackers[0].log(evaluation, 600)
         began = time.monotonic()
@@ -184,17 +182,9 @@ def test_trials_side_by_side_hold_their_curves_offline(tmp_path, warnings):
         assert (run.id, run.name, run.group) == (trackers[i].id, f"sweep/t{i}", "sweep")
         assert run.config.items() >= {**CONFIG, "seed": i}.items()
         assert run.curve("train/loss") == curve(i, 600)
-        assert (
-            run.summary["status"] == status
-            and run.summary["best/accuracy"] == 0.9
-            and run.exit_code == exit_code
-        )
+        assert run.summary["status"] == status and run.summary["best/accuracy"] == 0.9 and run.exit_code == exit_code
     last = Run(tmp_path / "t0").history[-1]
-    assert (
-        last["accuracy"] == 0.5
-        and last["distance/layer.0.query"] == 1.5
-        and last["distance/layer.1.query"] != 0
-    )
+    assert last["accuracy"] == 0.5 and last["distance/layer.0.query"] == 1.5 and last["distance/layer.1.query"] != 0
     assert "none" not in last and not warnings()
 
 
@@ -234,9 +224,7 @@ def test_the_run_id_is_stable_and_one_that_wandb_takes():
     assert run_id("a", {**CONFIG, "logger": {"mode": 1}}, ["log"]) != run_id("a", CONFIG)
     assert run_id("a", CONFIG, ["method.name"]) != run_id("a", CONFIG, ["method"])
     ids = {
-        run_id(name, config)
-        for name in ("a/b", "a-b", "a b", "x" * 300)
-        for config in (CONFIG, {**CONFIG, "lr": 1})
+        run_id(name, config) for name in ("a/b", "a-b", "a b", "x" * 300) for config in (CONFIG, {**CONFIG, "lr": 1})
     }
     assert len(ids) == 8 and all(len(id) <= 128 and not set(id) & set(":;,#?/'\\%") for id in ids)
 

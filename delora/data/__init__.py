@@ -63,10 +63,10 @@ def load(
         UserError: rows are missing or not GLUE's; all faults of all files together.
     """
     if source == "synthetic":
-        from delora.data import synthetic
+        from delora.data.synthetic import generate
 
         sizes = {split: rows[split.split("_")[0]] if rows else n for split, n in task.rows.items()}
-        return _dataset(task, synthetic.generate(task, sizes, seed), "synthetic")
+        return _dataset(task, generate(task, sizes, seed), "synthetic")
     from delora.data import glue
 
     if folder := dir or os.environ.get("DELORA_DATA"):

@@ -69,9 +69,7 @@ class Tokens:
         lengths = self.lengths_S[index_KB.numpy()]
         longest = int(lengths.max())
         index = index_KB.to(self.labels_S.device, non_blocking=True)
-        inputs = {
-            name: matrix[:, :longest].index_select(0, index.flatten()) for name, matrix in self.inputs.items()
-        }
+        inputs = {name: matrix[:, :longest].index_select(0, index.flatten()) for name, matrix in self.inputs.items()}
         position_T = torch.arange(longest, device=index.device)
         inputs["attention_mask"] = position_T < self._length_S[index.flatten(), None]
         return Batch(inputs, self.labels_S[index], int(lengths.sum()))

@@ -179,11 +179,7 @@ def _label(task: Task, text: str) -> float | None:
 def _label_range(task: Task) -> str:
     if task.labels is None:
         return f"a number from 0 to {HIGHEST_SCORE:.0f}"
-    return (
-        " or ".join(task.labels)
-        if task.tsv_label_names
-        else f"a whole number from 0 to {task.num_labels - 1}"
-    )
+    return " or ".join(task.labels) if task.tsv_label_names else f"a whole number from 0 to {task.num_labels - 1}"
 
 
 def _rows(task: Task, texts: list[tuple[str, ...]], labels: Sequence[float]) -> Rows:
@@ -214,9 +210,7 @@ def read_cache(task: Task) -> dict[str, Rows] | None:
                 dataset = datasets.Dataset(pyarrow.parquet.read_table(path))
             splits[split] = _from_dataset(task, split, dataset)
         except (OSError, pyarrow.ArrowException, UserError) as error:
-            raise UserError(
-                f"the data of {task.name}: cannot use {path}: {error}; delete its folder"
-            ) from error
+            raise UserError(f"the data of {task.name}: cannot use {path}: {error}; delete its folder") from error
     return splits
 
 

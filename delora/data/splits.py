@@ -20,9 +20,7 @@ def paper_split(task: Task, seed: int, n: int) -> tuple[np.ndarray, np.ndarray]:
         UserError: fewer than 2 rows, or a seed outside 0 … 2³²−1.
     """
     if n < 2:
-        raise UserError(
-            f"{task.name}: {n} validation rows cannot be split in two; protocol=standard needs no split"
-        )
+        raise UserError(f"{task.name}: {n} validation rows cannot be split in two; protocol=standard needs no split")
     if not 0 <= seed < 2**32:
         raise UserError(f"seed {seed}: the paper's split takes seeds from 0 to {2**32 - 1}")
     order = np.random.RandomState(seed).permutation(n)

@@ -28,9 +28,9 @@ VERBS = {  # each with a verb that says the same
     "painted": "coloured",
     "lost": "mislaid",
 }
-GOOD = "wonderful brilliant moving charming delightful clever warm gripping".split()
-BAD = "dreadful tedious clumsy shallow boring hollow tiresome bland".split()
-SUBJECTS = "film story acting script ending plot dialogue music".split()
+GOOD = ["wonderful", "brilliant", "moving", "charming", "delightful", "clever", "warm", "gripping"]
+BAD = ["dreadful", "tedious", "clumsy", "shallow", "boring", "hollow", "tiresome", "bland"]
+SUBJECTS = ["film", "story", "acting", "script", "ending", "plot", "dialogue", "music"]
 
 
 @dataclass(frozen=True)

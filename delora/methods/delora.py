@@ -25,6 +25,10 @@ PEFT_SMALLEST_NORM = 1e-4
 class DeLoRA(Method):
     """Decoupled low-rank adaptation. Shapes as in `delora.methods.base`."""
 
+    A0: Tensor
+    B0: Tensor
+    c_I: Tensor
+
     def __init__(
         self,
         weight_OI: Tensor,
@@ -41,9 +45,7 @@ class DeLoRA(Method):
         self.rank, self.residual, self.lambda_lr = rank, init == "residual", lambda_lr
         self.A = nn.Parameter(kaiming_uniform(draw, "A", (rank, in_features)))
         start_B = (
-            kaiming_uniform(draw, "B", (out_features, rank))
-            if self.residual
-            else zeros(draw, (out_features, rank))
+            kaiming_uniform(draw, "B", (out_features, rank)) if self.residual else zeros(draw, (out_features, rank))
         )
         self.B = nn.Parameter(start_B)
         self.lam = nn.Parameter(lambda_init[:, None].clone())

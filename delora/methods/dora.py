@@ -17,6 +17,8 @@ from delora.randomness import Draw
 class DoRA(LoRA):
     """Weight-decomposed low-rank adaptation. Shapes as in `delora.methods.base`."""
 
+    square_O: Tensor
+
     def __init__(self, weight_OI: Tensor, draw: Draw, *, rank: int, alpha: Tensor, train_magnitude: bool):
         super().__init__(weight_OI, draw, rank=rank, alpha=alpha)
         self.register_buffer("square_O", weight_OI.square().sum(1), persistent=False)

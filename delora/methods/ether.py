@@ -59,10 +59,7 @@ class ETHER(Method):
         """(H − I)·x along the last dimension, blockwise."""
         u, v = getattr(self, f"u{suffix}"), getattr(self, f"v{suffix}", None)
         x_KNMD = x_KND.unflatten(-1, u.shape[1:])
-        if v is None:
-            turned = -2 * _project(x_KNMD, u)
-        else:
-            turned = _project(x_KNMD, v) - _project(x_KNMD, u)
+        turned = -2 * _project(x_KNMD, u) if v is None else _project(x_KNMD, v) - _project(x_KNMD, u)
         return turned.flatten(-2)
 
 

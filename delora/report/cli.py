@@ -35,15 +35,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "delora-report", description=DESCRIPTION, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
+        "delora-report",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
     add("sources", nargs="+", type=Path, metavar="FOLDER", help="sweeps or trials (or a trials.csv)")
     add("--only", choices=PARTS, help="one part: curves and page are written, numbers and table are printed")
     add("--format", choices=("markdown", "latex", "csv"), default="markdown", help="of what is printed")
-    add("--output", type=Path, metavar="FOLDER", help="where to write; default: report/ in the folder of results")
-    add("--layer", metavar="NAME", help="the layer whose ‖W′ − W‖ and λ are drawn, a part of its name; default: mean")
-    add("--factor", type=float, help="the rate of curves over training, times the base rate; default: each best rate")
+    add(
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="where to write; default: report/ in the folder of results",
+    )
+    add(
+        "--layer",
+        metavar="NAME",
+        help="the layer whose ‖W′ − W‖ and λ are drawn, a part of its name; default: mean",
+    )
+    add(
+        "--factor",
+        type=float,
+        help="the rate of curves over training, times the base rate; default: each best rate",
+    )
     add("--range", type=float, nargs=2, metavar=("LOW", "HIGH"),
         help="the factors over which worst drop and sensitivity are taken; default: those that all methods cover")  # fmt: skip
     return parser

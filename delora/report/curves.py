@@ -60,7 +60,9 @@ STYLES = {
 OTHERS = [
     Style(color, marker, dash)
     for color, (marker, dash) in zip(
-        itertools.chain(["#000000"], itertools.cycle(["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"])),
+        itertools.chain(
+            ["#000000"], itertools.cycle(["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"])
+        ),
         itertools.product("X<>*hp", [(3, 1.2), (1, 1), (6, 1.2, 1, 1.2, 1, 1.2), ()]),
         strict=False,
     )
@@ -107,7 +109,11 @@ def history(curve: Curve, factor: int, floor: float) -> History:
     for s, trial in enumerate(trials):
         for e in trial.history:
             i = index[e.step]
-            made.score_ES[i, s], made.distance_ES[i, s], made.strength_ES[i, s] = e.score, e.distance, e.strength
+            made.score_ES[i, s], made.distance_ES[i, s], made.strength_ES[i, s] = (
+                e.score,
+                e.distance,
+                e.strength,
+            )
         if trial.diverged:
             last = trial.history[-1].step if trial.history else -1
             made.score_ES[made.steps_E > last, s] = floor
@@ -188,7 +194,9 @@ def _by_rate(panels: Sequence[Panel], x: str, y: str, layer: str | None) -> "Fig
             _log_axis(axis)
             _distance_axis(axis, layer)
         _draw_lost(axis, panel, look, x, 100 * panel.floor if y == "score" else None)
-    note = MARKS + ("×: diverged, counted as guessing." if y == "score" else "× at the top: diverged, without a distance.")
+    note = MARKS + (
+        "×: diverged, counted as guessing." if y == "score" else "× at the top: diverged, without a distance."
+    )
     if y == "distance":
         note += " At the end of training."
     _finish(figure, look, note, "learning rate" if x == "rate" else "learning rate, times each method's base rate")
@@ -201,7 +209,14 @@ def _draw_curve(axis: "Axes", curve: Curve, style: Style, x_F: np.ndarray, value
     there_FS = ~np.isnan(values_FS) & ~curve.scoreless_FS
     x_FS = x_F[:, None] * _dodge(x_F, side, values_FS.shape[1])
     axis.scatter(
-        x_FS[there_FS], values_FS[there_FS], s=5, color=style.color, alpha=0.35, linewidths=0, marker=style.marker, zorder=2
+        x_FS[there_FS],
+        values_FS[there_FS],
+        s=5,
+        color=style.color,
+        alpha=0.35,
+        linewidths=0,
+        marker=style.marker,
+        zorder=2,
     )
     _draw_line(axis, x_F, mean_F, style)
 
@@ -321,7 +336,9 @@ def _over_training(panels: Sequence[Panel], layer: str | None, factor: float | N
                 axis.set_ylabel("λ, " + (f"layer {layer}" if layer else "mean over layers"))
             axis.set_xlim(left=0)
     chosen = f"at {factor_text(factor)}× the base rate" if factor is not None else "at each method's best rate"
-    note = f"Trials {chosen}. {MARKS.replace('Points', 'Thin lines')}×: diverged; score counted as guessing from there on."
+    note = (
+        f"Trials {chosen}. {MARKS.replace('Points', 'Thin lines')}×: diverged; score counted as guessing from there on."
+    )
     _finish(figure, look, note, "training step")
     return figure
 

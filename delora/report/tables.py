@@ -17,7 +17,11 @@ from delora.report.trials import Collection, Trial
 from delora.tasks import TASKS
 
 MISSING = "—"
-METRICS = {"accuracy": "accuracy", "matthews": "Matthews correlation", "pearson_spearman": "mean of Pearson and Spearman"}
+METRICS = {
+    "accuracy": "accuracy",
+    "matthews": "Matthews correlation",
+    "pearson_spearman": "mean of Pearson and Spearman",
+}
 SPLITS = {
     "paper": "test half of GLUE's validation set, split by the run's seed",
     "standard": "GLUE's validation set, which also chose the checkpoint",
@@ -108,10 +112,16 @@ def _our_rows(group: Sequence[Panel]) -> list[list[Cell]]:
         curves = {p.task: c for p in group for c in p.curves if c.label == label}
         counts = {task: len(statistics.known(c.best_scores_S)) for task, c in curves.items()}
         usual = max(counts.values())
-        cells = [
-            _score_cell(curves[p.task], usual) if p.task in curves else Cell(MISSING) for p in group
-        ]
-        rows.append([Cell(label), _parameters(curves.values()), Cell(str(usual), {"": usual}), *cells, _average(cells)])
+        cells = [_score_cell(curves[p.task], usual) if p.task in curves else Cell(MISSING) for p in group]
+        rows.append(
+            [
+                Cell(label),
+                _parameters(curves.values()),
+                Cell(str(usual), {"": usual}),
+                *cells,
+                _average(cells),
+            ]
+        )
     return rows
 
 
@@ -418,7 +428,9 @@ def notes(found: Collection, panels: Sequence[Panel]) -> list[str]:
                 said.append(f"{where}: {curve.label} has fewer trials at factor {few} than elsewhere")
             undefined = sum(math.isnan(t.score) and not t.diverged for t in curve.trials.values())
             if undefined:
-                said.append(f"{where}: {undefined} trials of {curve.label} have no defined score (constant predictions)")
+                said.append(
+                    f"{where}: {undefined} trials of {curve.label} have no defined score (constant predictions)"
+                )
         for what in ("data", "weights"):
             if len({_hash(trial, what) for trial in panel.trials}) > 1:
                 said.append(f"{where}: not all trials had the same {what} (their hashes differ)")

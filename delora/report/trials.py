@@ -17,7 +17,17 @@ SCHEMA = 1
 NAMES = {"lora": "LoRA", "dora": "DoRA", "delora": "DeLoRA", "ether": "ETHER", "etherplus": "ETHER+"}
 PARTS = {"adapter": "factor on BA", "lambda": "factor on λ"}
 # Keys that say where and how a trial ran, or that are axes of the report; all others tell trials apart.
-NOT_SETTINGS = ("seed", "lr", "lr_factor", "factor_on", "name", "output_dir", "device", "log_every", "on_error")
+NOT_SETTINGS = (
+    "seed",
+    "lr",
+    "lr_factor",
+    "factor_on",
+    "name",
+    "output_dir",
+    "device",
+    "log_every",
+    "on_error",
+)
 NOT_SETTINGS_GROUPS = ("task.", "model.", "data.dir", "logger.", "fleet.", "hydra.")
 OF_THE_METHOD = ("method.", "weight_decay")  # expected to differ between methods
 EVALUATION_COLUMNS = ("folder", "epoch", "step", "score", "distance", "lambda")

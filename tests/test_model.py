@@ -1,0 +1,83 @@
+"""What must hold for every method in conf/method, found by globbing."""
+
+import pytest
+import torch
+from conftest import compose_trial
+
+from delora import pretrained
+from delora.cli import conf_folder
+from delora.errors import UserError
+from delora.model import ATTENTION, Fleet
+from delora.tasks import TASKS
+
+METHODS = sorted(path.stem for path in (conf_folder() / "method").glob("*.yaml"))
+CPU = torch.device("cpu")
+
+
+def make(*overrides: str, trials: int = 1) -> tuple[Fleet, torch.nn.Module]:
+    """A fleet of tiny encoders in float64, and the encoder without adapters."""
+    base = ["model=tiny", "precision=float64", *overrides]
+    configs = [compose_trial(*base, f"seed={seed}") for seed in range(trials)]
+    models = [pretrained.load(configs[0].model, TASKS["mrpc"]).model for _ in range(2)]
+    for model in models:
+        model.set_attn_implementation(ATTENTION)
+    return Fleet(models[0], configs, CPU).eval(), models[1].double().eval()
+
+
+def inputs(rows: int) -> dict[str, torch.Tensor]:
+    ids = torch.randint(5, 250, (rows, 12), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, 7:] = 0
+    return {"input_ids": torch.where(mask == 1, ids, 1), "attention_mask": mask}
+
+
+@torch.no_grad()
+def shake(fleet: Fleet) -> None:
+    """Moves the adapters away from their start, each trial elsewhere."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in fleet.trained().values():
+        parameter += 0.1 * torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS)
+def test_merged_weight_is_what_forward_does(method):
+    fleet, _ = make(f"method={method}", trials=2)
+    shake(fleet)
+    x = inputs(3)
+    both = fleet(**{name: tensor.repeat(2, 1) for name, tensor in x.items()}).logits.view(2, 3, -1)
+    for trial in range(2):
+        merged = fleet.merge(trial)(**x).logits
+        torch.testing.assert_close(merged, both[trial], rtol=1e-10, atol=1e-12)
+    assert not torch.allclose(both[0], both[1])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS)
+def test_a_fresh_adapter_leaves_the_logits_unchanged(method):
+    fleet, plain = make(f"method={method}")
+    head = {name: tensor[0] for name, tensor in fleet.base.state_dict().items() if name.startswith("classifier")}
+    plain.load_state_dict(head, strict=False)
+    x = inputs(3)
+    same = torch.allclose(fleet(**x).logits, plain(**x).logits, rtol=1e-12, atol=1e-12)
+    assert same == (method != "ether")  # a reflection is never the identity
+    assert all((d == 0).all() == (method != "ether") for d in fleet.distances().values())
+
+
+def test_the_head_is_drawn_afresh_for_each_seed():
+    fleet, _ = make("method=lora", trials=3)
+    again, _ = make("method=lora", trials=2)
+    weight = fleet.get_submodule("base.classifier.dense").weight
+    assert not torch.equal(weight[0], weight[1])
+    assert torch.equal(weight[:2], again.get_submodule("base.classifier.dense").weight)
+
+
+def test_targets_that_no_layer_has_are_named():
+    with pytest.raises(UserError, match=r"method\.targets"):
+        make("method=lora", "method.targets=[attention.quer]", "model.shape.layers=1")
+
+
+def test_weights_with_another_hash_are_refused():
+    trial = compose_trial("model=minilm", f"model.sha256={'0' * 64}")
+    with pytest.raises(UserError, match=r"expected sha256 0000[\s\S]*found    sha256 53aa51172d14"):
+        pretrained.load(trial.model, TASKS["mrpc"])
