@@ -55,18 +55,20 @@ def main() -> int:
         return 0
     try:
         _start()
-    except UserError as error:
-        from delora.results import ResultsError
-
-        print(f"delora-run: error: {error}", file=sys.stderr)
-        return FAILED if isinstance(error, ResultsError) else BAD_INPUT
-    except OSError as error:  # a full disk, a folder without permission
-        print(f"delora-run: error: {error}", file=sys.stderr)
-        return FAILED
+    except (UserError, OSError) as error:
+        return _tell(error)
     except KeyboardInterrupt:
         print("delora-run: interrupted; finished trials stay valid", file=sys.stderr)
         return INTERRUPTED
     return 0
+
+
+def _tell(error: UserError | OSError) -> int:
+    """Prints an error for people; returns its exit status."""
+    from delora.results import ResultsError
+
+    print(f"delora-run: error: {error}", file=sys.stderr)
+    return BAD_INPUT if isinstance(error, UserError) and not isinstance(error, ResultsError) else FAILED
 
 
 def _start() -> None:
@@ -107,12 +109,24 @@ def job(config: "DictConfig") -> None:
     """Trains the trial of a composed config: what Hydra's launchers call.
 
     Raises:
-        UserError: the config, or what it needs on this machine, is not right.
-        SystemExit: the trial diverged and is the only one.
+        UserError: one of several trials cannot run.
+        SystemExit: a single trial that is not done, with its status.
     """
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    single = HydraConfig.get().mode is RunMode.RUN
+    try:
+        status = _train(config)
+    except (UserError, OSError) as error:
+        if not single:
+            raise
+        status = _tell(error)
+    if single and status:
+        raise SystemExit(status)
+
+
+def _train(config: "DictConfig") -> int:
     from delora.config import Trial
 
     trial = Trial.from_config(config)
@@ -123,8 +137,7 @@ def job(config: "DictConfig") -> None:
 
     results = run([trial])
     print_results([trial], results)
-    if results[0]["status"] == "diverged" and HydraConfig.get().mode is RunMode.RUN:
-        raise SystemExit(DIVERGED)
+    return DIVERGED if results[0]["status"] == "diverged" else 0
 
 
 # --- Help, from the files of conf/

@@ -332,8 +332,8 @@ def _shape_misfits(value: _Valid, shape: Shape) -> list[Fault]:
     if (rank := value("method.rank")) and smallest and rank > smallest:
         faults.append(Fault("method.rank", rank, f"above {smallest}, the width of a target layer of {model}"))
     if (blocks := value("method.blocks")) and (side := value("method.side")):
-        turned = {"in": slice(0, 1), "out": slice(1, 2), "both": slice(0, 2)}[side]
-        widths = sorted({width for pair in adapted.values() for width in pair[turned] if width % blocks})
+        turned = {"in": (0,), "out": (1,), "both": (0, 1)}[side]
+        widths = sorted({pair[i] for pair in adapted.values() for i in turned if pair[i] % blocks})
         if widths:
             message = f"does not divide {' and '.join(map(str, widths))}, the width of target layers of {model}"
             faults.append(Fault("method.blocks", blocks, message))

@@ -215,7 +215,7 @@ class Fleet(nn.Module):
                 continue
             _replace(base, name, _plain_linear(weight, bias))
         base.set_attn_implementation("sdpa")
-        return base
+        return base.eval()
 
 
 def method_options(trials: Sequence[Trial], dtype: torch.dtype, device: torch.device) -> dict[str, object]:

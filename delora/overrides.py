@@ -42,6 +42,8 @@ def check(
     Raises:
         ConfigError: with all faults together.
     """
+    if more is not None and not more.is_dir():
+        raise ConfigError([f"--config-dir {more}: no such folder"])
     with initialize_config_dir(str(conf), version_base="1.3"):
         faults = _Command(words, [conf, *([more.absolute()] if more else [])], multirun, config).faults
     if faults:

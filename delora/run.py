@@ -70,7 +70,7 @@ def _run_fleet(trials: Sequence[Trial], folders: Sequence[TrialFolder]) -> None:
     )
     with Tracking(config.logger.mode, config.logger.project) as tracking:
         trackers = [
-            tracking.start(trial.id, trial.resolved(), folder.path, group=None)
+            tracking.start(trial.id, trial.resolved(), folder.path, ignore=NOT_THE_TRIAL)
             for trial, folder in zip(trials, folders, strict=True)
         ]
         with Console(trials, task.headline, _total_steps(tensors, config)) as console:

@@ -79,9 +79,7 @@ def test_published_trajectory(shared, monkeypatch, trials, precision):
 
 def tiny_data(fleet, loaded, rows=96) -> train.Data:
     dataset = load(TASKS["mrpc"], source="synthetic", rows={"train": rows, "validation": 24})
-    tokens = {
-        name: Tokens(part, loaded.tokenizer, 48, CPU, fleet.dtype) for name, part in dataset.splits.items()
-    }
+    tokens = {name: Tokens(part, loaded.tokenizer, 48, CPU, fleet.dtype) for name, part in dataset.splits.items()}
     orders = [torch.randperm(24, generator=torch.Generator().manual_seed(t.seed)) for t in fleet.trials]
     order_KS = torch.stack(orders)
     return train.Data(TASKS["mrpc"], tokens["train"], tokens["validation"], order_KS[:, :12], order_KS[:, 12:])
@@ -90,7 +88,7 @@ def tiny_data(fleet, loaded, rows=96) -> train.Data:
 def train_tiny(configs):
     fleet, loaded = make_fleet(configs)
     listener = Listener()
-    outcomes, totals = train.train(fleet, tiny_data(fleet, loaded), listener)
+    outcomes, _ = train.train(fleet, tiny_data(fleet, loaded), listener)
     return torch.tensor(listener.losses, dtype=torch.float64), outcomes, listener
 
 

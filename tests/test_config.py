@@ -1,0 +1,260 @@
+"""Every file of conf/ against the schema, the schema's bounds, and what identifies a trial."""
+
+import hashlib
+import importlib.util
+import inspect
+import itertools
+import json
+import shlex
+from pathlib import Path
+
+import pytest
+import transformers
+from conftest import compose_trial
+from hydra import compose, initialize_config_dir
+from hydra.utils import get_class
+from omegaconf import OmegaConf
+from torch import nn
+
+from delora import data
+from delora.cli import conf_folder
+from delora.config import ConfigError, Shape, Trial, matches
+from delora.tasks import TASKS
+
+METHODS = sorted(path.stem for path in (conf_folder() / "method").glob("*.yaml"))
+CHOICES = sorted((path.parent.name, path.stem) for path in conf_folder().glob("*/*.yaml"))
+FAMILIES = {
+    "roberta": (transformers.RobertaConfig, transformers.RobertaForSequenceClassification),
+    "bert": (transformers.BertConfig, transformers.BertForSequenceClassification),
+}
+
+
+def faults_of(*overrides: str, **values: object) -> list[str]:
+    """The faults of the default config under overrides, then under values by dotted key."""
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        config = compose("config", overrides=list(overrides))
+    for key, value in values.items():
+        OmegaConf.update(config, key, value, merge=False, force_add=True)
+    try:
+        Trial.from_config(config)
+    except ConfigError as error:
+        return error.faults
+    return []
+
+
+@pytest.mark.parametrize(("group", "option"), CHOICES)
+def test_every_choice_is_a_trial_that_reads_back(group, option):
+    trial = compose_trial(f"{group}={option}")
+    assert group == "experiment" or getattr(trial, group).name == option
+    assert Trial.from_config(json.loads(json.dumps(trial.resolved()))) == trial
+
+
+def test_the_groups_are_complete():
+    options = {group: {o for g, o in CHOICES if g == group} for group, _ in CHOICES}
+    assert options["task"] == set(TASKS)
+    assert options["method"] >= {"delora", "lora", "dora", "ether", "etherplus"}
+
+
+def test_every_key_has_one_value_in_conf_and_one_comment():
+    assert all(field.is_required() for field in Trial.model_fields.values())
+    text = (conf_folder() / "config.yaml").read_text()
+    knobs = text[text.index("\n\n") : text.index("\n# Hydra")].split("\n")
+    assert all(knob.count("  # ") == 1 for knob in knobs if knob)
+    assert len([knob for knob in knobs if knob]) == len(Trial.model_fields) - 6  # six groups
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_s_options_are_what_its_class_takes(method):
+    config = compose_trial(f"method={method}").method
+    parameters = inspect.signature(get_class(config.target)).parameters
+    assert set(config.options()) == set(parameters) - {"weight_OI", "draw"}
+
+
+@pytest.mark.parametrize("name", ["glue", "synthetic"])
+def test_the_data_s_options_are_what_load_takes(name):
+    options = compose_trial(f"data={name}").data.options()
+    inspect.signature(data.load).bind(TASKS["mrpc"], **options)
+
+
+def test_base_rates_are_the_paper_s():
+    rates = {method: compose_trial(f"method={method}").lr for method in METHODS}
+    assert rates == {"lora": 6e-4, "dora": 6e-4, "delora": 6e-3, "ether": 6e-3, "etherplus": 6e-3}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_layers_of_a_shape_are_those_of_the_model(family):
+    shape = Shape(family=family, layers=2, width=32, ffn=48, heads=4, positions=64)
+    make_config, make_model = FAMILIES[family]
+    model = make_model(
+        make_config(
+            vocab_size=8,
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            intermediate_size=48,
+            max_position_embeddings=64,
+        )
+    )
+    linears = {
+        name: (module.in_features, module.out_features)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not name.startswith("classifier")
+    }
+    assert shape.linears() == linears
+
+
+def test_minilm_s_shape_and_hash_are_the_package_s():
+    config = compose_trial("model=minilm").model
+    spec = importlib.util.find_spec(config.package)
+    if spec is None:
+        pytest.skip("the package of model=minilm is not installed: pip install 'delora[embedded]'")
+    folder = Path(spec.origin).parent / "model"
+    assert hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest() == config.sha256
+    theirs = json.loads((folder / "config.json").read_text())
+    names = {
+        "family": "model_type",
+        "layers": "num_hidden_layers",
+        "width": "hidden_size",
+        "ffn": "intermediate_size",
+        "heads": "num_attention_heads",
+        "positions": "max_position_embeddings",
+    }
+    assert config.shape.model_dump() == {ours: theirs[name] for ours, name in names.items()}
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("lr", -1, "lr=-1: must be above 0"),
+        ("lr", 0.0, "lr=0.0: must be above 0"),
+        ("lr", float("nan"), "lr=nan: expected a finite number"),
+        ("lr", float("inf"), "lr=inf: expected a finite number"),
+        ("lr", "abc", "lr=abc: expected a number"),
+        ("lr", None, "lr=null: expected a number"),
+        ("lr", True, "lr=true: expected a number"),
+        ("lr", "${nothing}", "lr=${nothing}: Interpolation key 'nothing' not found"),
+        ("seed", "abc", "seed=abc: expected a whole number"),
+        ("seed", -1, "seed=-1: must be at least 0"),
+        ("epochs", 2.5, "epochs=2.5: expected a whole number"),
+        ("epochs", 0, "epochs=0: must be at least 1"),
+        ("batch_size", True, "batch_size=true: expected a whole number"),
+        ("accumulation", 33, "accumulation=33: a batch of 32 cannot be cut into 33 parts"),
+        ("max_length", 7, "max_length=7: must be at least 8"),
+        ("max_length", 513, "max_length=513: above 512, the longest input of model=roberta_base"),
+        ("warmup_ratio", 1, "warmup_ratio=1: must be below 1"),
+        ("clip_norm", 0, "clip_norm=0: must be above 0"),
+        ("weight_decay", -0.1, "weight_decay=-0.1: must be at least 0"),
+        ("device", "gpu", "expected one of auto, cpu, cuda, cuda:1, mps"),
+        ("precision", "float31", "did you mean float32?"),
+        ("name", "../up", "name=../up: expected up to 100 letters"),
+        ("name", "a b", "name=a b: expected up to 100 letters"),
+        ("name", 7, "name=7: expected text; a number needs two kinds of quotes: 'name=\"7\"'"),
+        ("output_dir", "", "output_dir=: expected text"),
+        ("task.name", "mprc", "did you mean mrpc?"),
+        ("method.dropout", 1.0, "method.dropout=1.0: must be below 1"),
+        ("method.rank", 0, "method.rank=0: must be at least 1"),
+        ("method.rank", 769, "method.rank=769: above 768"),
+        ("method.init", "zeros", "did you mean zero?"),
+        ("method.betas", [0.9], "method.betas=[0.9]: the list is too short"),
+        ("method.targets", [], "method.targets=[]: expected a list that is not empty"),
+        ("method.targets", "query", "method.targets=query: expected a list, such as [query,value]"),
+        ("method.targets", ["query", "qeury"], "method.targets=qeury: matches no linear layer of model=roberta_base"),
+        ("method.targets", ["pooler.dense"], "method.targets=pooler.dense: matches no linear layer"),
+        ("model.source", None, "model: expected one of source, package and random"),
+        ("model.shape", 3, "model.shape=3: expected a group of keys"),
+        ("model.shape.heads", 5, "model.shape.heads=5: does not divide the width 768"),
+        ("model.sha256", "12", "model.sha256=12: expected 64 hexadecimal digits"),
+        ("lrr", 1, "lrr: no such key"),
+        ("data.dri", 1, "data.dri: no such key"),
+    ],
+)
+def test_an_impossible_value_is_the_one_fault(key, value, message):
+    faults = faults_of(**{key: value})
+    assert len(faults) == 1 and message in faults[0], faults
+
+
+@pytest.mark.parametrize(
+    ("side", "targets", "blocks", "widths"),
+    [
+        ("in", "intermediate.dense", 3, "384"),
+        ("out", "intermediate.dense", 5, "1536"),
+        ("out", "intermediate.dense", 3, None),
+        ("in", "intermediate.dense", 128, None),
+        ("both", "*.dense", 5, "384 and 1536"),
+        ("both", "*.dense", 128, None),
+    ],
+)
+def test_blocks_divide_the_widths_they_act_on(side, targets, blocks, widths):
+    shape = ["model=minilm", "model.shape.ffn=1536", "method=ether"]
+    if blocks == 3:  # of the two widths, one alone is a multiple of 3
+        shape += ["model.shape.width=512", "model.shape.heads=8"]
+        widths = widths and "512"
+    faults = faults_of(*shape, f"method.side={side}", f"method.targets=['{targets}']", f"method.blocks={blocks}")
+    assert [f"does not divide {widths}," in fault for fault in faults] == ([True] if widths else [])
+
+
+def test_all_faults_come_together():
+    wrong = {"lr": -1, "epochs": 2.5, "method.rank": 0, "method.targets": ["foo"], "model.shape.layers": 0, "nix": 1}
+    del wrong["model.shape.layers"]  # a shape at fault would hide what does not fit it
+    with pytest.raises(ConfigError) as caught:
+        plain = compose_trial().resolved()
+        for key, value in wrong.items():
+            part, _, last = key.rpartition(".")
+            (plain[part] if part else plain)[last] = value
+        Trial.from_config(plain)
+    assert {fault.split("=")[0].split(":")[0] for fault in caught.value.faults} == set(wrong)
+    assert all(fault in str(caught.value) for fault in caught.value.faults)
+
+
+def test_a_value_taken_from_a_faulty_key_is_no_fault_of_its_own():
+    assert faults_of(**{"method.base_lr": -1}) == ["method.base_lr=-1: must be above 0"]
+
+
+def test_without_a_shape_the_layers_are_left_to_the_model():
+    assert not faults_of(**{"model.shape": None, "model.source": "some/encoder", "method.targets": ["c_attn"]})
+    assert faults_of("model=tiny", **{"model.shape": None}) == ["model.shape=null: a random model needs a shape"]
+
+
+def test_a_large_rate_and_a_method_s_own_option_are_allowed():
+    assert not faults_of(**{"lr": 1e9, "method.my_option": [1, 2]})
+
+
+@pytest.mark.parametrize(
+    ("pattern", "matched"),
+    [
+        ("query", True),
+        ("self.query", True),
+        ("layer.0.attention.self.query", True),
+        ("layer.[0-3].attention.self.query", True),
+        ("layer.[1-3].attention.self.query", False),
+        ("layer.*.query", True),
+        ("*", True),
+        ("roberta.encoder.layer.0.attention.self.query", True),
+        ("uery", False),
+        ("encoder", False),
+        ("attention.query", False),
+        ("Query", False),
+    ],
+)
+def test_a_pattern_matches_the_end_of_a_name_from_a_dot_on(pattern, matched):
+    assert matches(pattern, "roberta.encoder.layer.0.attention.self.query") is matched
+
+
+def test_the_id_says_what_is_trained_and_not_where():
+    trial = compose_trial("lr=1e-3")
+    assert trial.id.startswith("mrpc-delora-lr0.001-seed42-")
+    elsewhere = ["name=x", "output_dir=/y", "device=cpu", "logger=none", "log_every=1", "data.dir=/glue"]
+    assert compose_trial("lr=1e-3", *elsewhere).id == trial.id
+    assert trial.folder == Path("outputs", trial.id)
+    assert compose_trial(*elsewhere).folder == Path("/y/x")
+
+
+def test_no_two_configs_share_a_folder_and_names_need_no_quotes():
+    grid = itertools.product(["delora", "ether"], ["1e-3", "1e9", "1e-7"], [1, 2], [8, 16])
+    trials = [
+        compose_trial(f"method={method}", f"lr={lr}", f"seed={seed}", f"batch_size={batch_size}")
+        for method, lr, seed, batch_size in grid
+    ]
+    names = {str(trial.folder) for trial in trials}
+    assert len(names) == len(trials)
+    assert all(shlex.quote(name) == name for name in names)
