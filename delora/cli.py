@@ -1,6 +1,7 @@
 """The command `delora-run`. Imports neither torch nor transformers until a run starts."""
 
 import logging
+import math
 import os
 import re
 import sys
@@ -13,7 +14,9 @@ from delora.errors import UserError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
-FAILED, BAD_INPUT, DIVERGED, INTERRUPTED = 1, 2, 3, 130
+    from delora.results import Result
+
+FAILED, DIVERGED, INTERRUPTED = 1, 3, 130
 
 HELP = """\
 delora-run [GROUP=OPTION ...] [KEY=VALUE ...]     trains a parameter-efficient finetuning method on a GLUE task
@@ -57,18 +60,16 @@ def main() -> int:
         _start()
     except (UserError, OSError) as error:
         return _tell(error)
-    except KeyboardInterrupt:
-        print("delora-run: interrupted; finished trials stay valid", file=sys.stderr)
-        return INTERRUPTED
-    return 0
+    except KeyboardInterrupt as interruption:
+        print("delora-run: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        return getattr(interruption, "status", INTERRUPTED)
+    return outcome.status
 
 
 def _tell(error: UserError | OSError) -> int:
     """Prints an error for people; returns its exit status."""
-    from delora.results import ResultsError
-
     print(f"delora-run: error: {error}", file=sys.stderr)
-    return BAD_INPUT if isinstance(error, UserError) and not isinstance(error, ResultsError) else FAILED
+    return getattr(error, "status", FAILED)
 
 
 def _start() -> None:
@@ -105,8 +106,11 @@ def _start() -> None:
         raise UserError(str(error)) from error
 
 
-def job(config: "DictConfig") -> None:
-    """Trains the trial of a composed config: what Hydra's launchers call.
+def job(config: "DictConfig") -> float | None:
+    """Trains the trial of a composed config: what Hydra calls, in its own process under some launchers.
+
+    Returns:
+        The headline score on validation, for sweepers that look for the best.
 
     Raises:
         UserError: one of several trials cannot run.
@@ -115,29 +119,68 @@ def job(config: "DictConfig") -> None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
-    single = HydraConfig.get().mode is RunMode.RUN
+    if HydraConfig.get().mode is not RunMode.RUN:
+        return train([config], sweep=True)[0]
     try:
-        status = _train(config)
+        train([config], sweep=False)
+        status = outcome.status
     except (UserError, OSError) as error:
-        if not single:
-            raise
         status = _tell(error)
-    if single and status:
+    if status:
         raise SystemExit(status)
+    return None
 
 
-def _train(config: "DictConfig") -> int:
+class Outcome:
+    """How the command went so far; `status` is its exit status."""
+
+    status = 0
+
+
+outcome = Outcome()
+
+
+def train(configs: "Sequence[DictConfig]", sweep: bool = True) -> list[float]:
+    """Trains the trials of composed configs.
+
+    Args:
+        sweep: whether they belong to a sweep, which takes the name.
+
+    Returns:
+        The headline score on validation of each, NaN where it failed or diverged.
+
+    Raises:
+        UserError: a config, or what it needs on this machine, is not right.
+    """
     from delora.config import Trial
 
-    trial = Trial.from_config(config)
+    trials = [Trial.from_config(config) for config in configs]
+    if sweep:
+        trials = [t.model_copy(update={"sweep": t.sweep or t.name, "name": None}) for t in trials]
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    if trials[0].plan:
+        from delora.sweep import print_plan
+
+        print_plan(trials)
+        return [math.nan] * len(trials)
 
     from delora.console import print_results
-    from delora.run import run
+    from delora.sweep import run
 
-    results = run([trial])
-    print_results([trial], results)
-    return DIVERGED if results[0]["status"] == "diverged" else 0
+    results = run(trials)
+    print_results(trials, results)
+    if any(result is None for result in results):
+        outcome.status = FAILED
+    elif len(trials) == 1 and results[0] and results[0]["status"] == "diverged":
+        outcome.status = DIVERGED
+    return [_headline(result) for result in results]
+
+
+def _headline(result: "Result | None") -> float:
+    if result is None or result["status"] != "done" or result["best"] is None:
+        return math.nan
+    score = result["best"]["validation"][result["headline"]]
+    return math.nan if score is None else score
 
 
 # --- Help, from the files of conf/

@@ -22,7 +22,16 @@ from delora.errors import UserError
 from delora.tasks import TASKS
 
 # Keys that say where and how to run, not what; two configs that differ in these alone are the same trial.
-NOT_THE_TRIAL = ("name", "output_dir", "logger", "device", "log_every", "data.dir")
+NOT_THE_TRIAL = (
+    *("name", "sweep", "output_dir", "logger", "device", "log_every", "data.dir"),
+    *("fleet", "on_error", "resume", "plan"),
+)
+# Keys in which the trials of one fleet may differ.
+PER_TRIAL = (
+    *("name", "seed", "lr", "lr_factor", "lr_factor_on", "weight_decay", "warmup_ratio"),
+    *("method.base_lr", "method.weight_decay", "method.dropout"),
+    *("method.alpha", "method.lambda_init", "method.lambda_lr"),
+)
 
 
 @dataclass(frozen=True)
@@ -193,10 +202,17 @@ class LoggerConfig(Section):
     project: Text
 
 
+class FleetConfig(Section):
+    size: Whole | None
+    checkpoint_seconds: NotNegative
+
+
 class Trial(Section):
     """The config of one trial, checked and frozen. conf/config.yaml says what each key means."""
 
     lr: Positive
+    lr_factor: Positive
+    lr_factor_on: Literal["all", "adapter", "lambda"]
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)]
     epochs: Whole
     batch_size: Whole
@@ -209,7 +225,12 @@ class Trial(Section):
     precision: Literal["float32", "bfloat16", "float64"]
     log_every: Whole
     name: FolderName | None
+    sweep: FolderName | None
     output_dir: Text
+    plan: bool
+    resume: Literal["auto", "force"]
+    on_error: Literal["continue", "stop", "retry"]
+    fleet: FleetConfig
     task: TaskConfig
     method: MethodConfig
     model: ModelConfig
@@ -248,20 +269,49 @@ class Trial(Section):
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
 
     @property
+    def rate(self) -> float:
+        """The highest learning rate of adapter and head."""
+        return self.lr * (self.lr_factor if self.lr_factor_on != "lambda" else 1)
+
+    @property
+    def lambda_rate(self) -> float | None:
+        """The highest learning rate of λ; None for a method without it."""
+        if self.method.lambda_lr is None:
+            return None
+        return self.method.lambda_lr * (self.lr_factor if self.lr_factor_on != "adapter" else 1)
+
+    @property
+    def factor(self) -> float:
+        """How many times the method's base rate this trial takes, as in the paper's Fig. 2."""
+        return self.lr / self.method.base_lr * self.lr_factor
+
+    @property
     def id(self) -> str:
         """What tells the trial from others, safe in a shell: mrpc-delora-lr0.001-seed42-1a2b3c4d."""
-        config = self.resolved()
-        for key in NOT_THE_TRIAL:
-            part, _, last = key.rpartition(".")
-            (config[part] if part else config).pop(last, None)
-        digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()[:8]
-        rate = f"{self.lr:g}".replace("+", "")
+        digest = _digest(self._without(NOT_THE_TRIAL))[:8]
+        rate = f"{self.rate:g}".replace("+", "")
         return f"{self.task.name}-{self.method.name}-lr{rate}-seed{self.seed}-{digest}"
 
     @property
     def folder(self) -> Path:
-        """Where a single run writes: `name`, or the id, in `output_dir`."""
-        return Path(self.output_dir).expanduser() / (self.name or self.id)
+        """Where the trial writes: `name`, or the id, in the sweep's folder or in `output_dir`."""
+        return Path(self.output_dir).expanduser() / (self.sweep or "") / (self.name or self.id)
+
+    @property
+    def company(self) -> str:
+        """What trials have in common that may share a fleet."""
+        return _digest(self._without(PER_TRIAL))
+
+    def _without(self, keys: Iterable[str]) -> dict[str, Any]:
+        config = self.resolved()
+        for key in keys:
+            part, _, last = key.rpartition(".")
+            (config[part] if part else config).pop(last, None)
+        return config
+
+
+def _digest(config: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
 # --- Target layers
@@ -296,6 +346,9 @@ def _misfits(value: _Valid) -> list[Fault]:
     if accumulation and batch_size and accumulation > batch_size:
         message = f"a batch of {batch_size} cannot be cut into {accumulation} parts"
         faults.append(Fault("accumulation", accumulation, message))
+    if value("lr_factor_on") == "lambda" and value("method") is not None and value("method.lambda_lr") is None:
+        message = f"method={value('method.name')} has no λ with a rate of its own"
+        faults.append(Fault("lr_factor_on", "lambda", message))
     origins = [value(f"model.{key}") for key in ("source", "package", "random")]
     if value("model") is not None and sum(map(bool, origins)) != 1:
         faults.append(Fault("model", MISSING, "expected one of source, package and random"))

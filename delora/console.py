@@ -1,122 +1,263 @@
-"""What a person sees while a fleet trains: a progress bar in a terminal, plain lines elsewhere; then a table."""
+"""What a person sees: a live view of the trials in a terminal, plain lines elsewhere; then a table."""
 
 import math
+import statistics
 import sys
 import time
-from collections.abc import Sequence
-from typing import Any, Self
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console as Rich
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from delora.config import Trial
-from delora.results import Result
-from delora.train import Score
+from delora.results import Result, Scores, flatten
+
+if TYPE_CHECKING:
+    from delora.train import Score
 
 SECONDS_BETWEEN_LINES = 10.0
 
 
 class Console:
-    """Shows step, loss, best score and the time that remains, on standard error."""
+    """Shows which trials are done, running and diverged, their best scores and the time left, on standard error.
 
-    def __init__(self, trials: Sequence[Trial], headline: str, total_steps: int):
-        self.trials, self.headline, self.total_steps = trials, headline, total_steps
+    Args:
+        trials: all trials of the command.
+        found: the results there are already.
+    """
+
+    def __init__(self, trials: Sequence[Trial], found: Mapping[Path, Result]):
         self.rich = Rich(stderr=True)
-        self.best: list[float] = [-math.inf] * len(trials)
-        self.loss = math.nan
-        self.start = self.last_line = time.monotonic()
-        self.bar = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[state]}"),
-            TimeRemainingColumn(),
-            console=self.rich,
-            disable=not self.rich.is_terminal,
-        )
-        self.task = self.bar.add_task(self._title(), total=total_steps, state="")
+        self.rows = Rows(trials)
+        self.total, self.diverged_count, self.failed_count = len(trials), 0, 0
+        self.already = self.over = len(found)
+        self.fleet: Sequence[Trial] = ()
+        self.steps, self.done = 1, 0
+        self.loss: float | None = None
+        self.best: dict[Path, float] = {}
+        self.headline = ""
+        self.start = time.monotonic()
+        self.last_line, self.told = -math.inf, set[str]()
+        for trial in trials:
+            if result := found.get(trial.folder):
+                self._count(trial, result)
+        self.bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"))
+        self.bar.columns += (TimeRemainingColumn(),)
+        self.task = self.bar.add_task("starting", total=None, state="")
+        self.live = Live(console=self.rich, get_renderable=self._view, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Self:
-        self.bar.start()
+        if self.rich.is_terminal:
+            self.live.start()
+        if self.already and self.total > 1:
+            self.say(f"{self.already} of {self.total} trials are done already")
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.bar.stop()
+        if self.rich.is_terminal:
+            self.live.stop()
 
-    def step(self, step: int, epoch: float, loss_K: Sequence[float | None]) -> None:
+    # --- What happens
+
+    def begin(self, trials: Sequence[Trial], headline: str, steps: int) -> None:
+        """A fleet starts training."""
+        self.fleet, self.headline, self.steps, self.done, self.loss = trials, headline, steps, 0, None
+        self.fleet_start = time.monotonic()
+        self.bar.reset(self.task, total=steps, description=self._title())
+
+    def step(self, step: int, loss_K: Sequence[float | None]) -> None:
         """A training step was logged."""
         losses = [loss for loss in loss_K if loss is not None]
-        self.loss = sum(losses) / len(losses) if losses else math.nan
-        self.bar.update(self.task, completed=step, state=self._state())
-        if not self.rich.is_terminal and time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
-            self._line(step, epoch)
+        self.done, self.loss = step, statistics.fmean(losses) if losses else None
+        self._show()
 
-    def evaluation(self, trial: int, evaluation: dict[str, Any], best: Score | None) -> None:
-        """A trial was scored."""
+    def evaluation(self, trial: int, evaluation: Mapping[str, Any], best: "Score | None") -> None:
+        """A trial of the fleet was scored."""
         if best is not None:
-            self.best[trial] = best.validation[self.headline]
-        self.bar.update(self.task, completed=evaluation["step"], state=self._state())
-        if not self.rich.is_terminal and trial == len(self.trials) - 1:
-            self._line(evaluation["step"], evaluation["epoch"])
+            self.best[self.fleet[trial].folder] = best.validation[self.headline]
+        self.done = evaluation["step"]
+        if trial == len(self.fleet) - 1:
+            self._show(now=self.total == 1 and evaluation["epoch"] > 0)
 
     def diverged(self, trial: int, step: int) -> None:
         """A trial's loss stopped being finite."""
-        self.rich.print(f"{self.trials[trial].id} diverged in step {step}: the loss is not finite", highlight=False)
+        self.diverged_count += 1
+        self.say(f"{self.fleet[trial].id} diverged in step {step}: the loss is not finite")
+
+    def finished(self, trial: Trial, result: Result) -> None:
+        """A trial's results are written."""
+        self.over += 1
+        if result["best"] and (score := result["best"]["validation"][result["headline"]]) is not None:
+            self.best[trial.folder] = score
+        if self.over == self.total > 1:
+            self._show(now=True)
+
+    def failed(self, trial: Trial, message: str) -> None:
+        """A trial broke off."""
+        self.failed_count += 1
+        if self.total > 1:
+            self.say(f"{trial.id} failed: {message}")
+
+    def say(self, text: str, once: bool = False) -> None:
+        """A line for people, above the live view."""
+        if not once or text not in self.told:
+            self.told.add(text)
+            self.rich.print(text, highlight=False, markup=False, soft_wrap=True)
+
+    # --- How it looks
+
+    def _count(self, trial: Trial, result: Result) -> None:
+        self.diverged_count += result["status"] == "diverged"
+        if result["best"] and (score := result["best"]["validation"][result["headline"]]) is not None:
+            self.best[trial.folder] = score
 
     def _title(self) -> str:
-        if len(self.trials) > 1:
-            return f"{len(self.trials)} trials"
-        return f"{self.trials[0].task.name} {self.trials[0].method.name}"
+        if self.total == 1:
+            return f"{self.fleet[0].task.name} {self.fleet[0].method.name}"
+        methods = "+".join(sorted({f"{t.task.name} {t.method.name}" for t in self.fleet}))
+        return f"{methods}, {len(self.fleet)} trials"
+
+    def _counts(self) -> str:
+        parts = [f"{self.over} of {self.total} done"]
+        parts += [f"{self.diverged_count} diverged"] if self.diverged_count else []
+        parts += [f"{self.failed_count} failed"] if self.failed_count else []
+        return ", ".join(parts)
 
     def _state(self) -> str:
-        scores = [score for score in self.best if score > -math.inf]
-        best = f"best {self.headline} {max(scores):.4f}" if scores else ""
-        return f"loss {self.loss:.4f} {best}".rstrip()
+        parts = [] if self.loss is None else [f"loss {self.loss:.4f}"]
+        scores = [self.best[trial.folder] for trial in self.fleet if trial.folder in self.best]
+        parts += [f"best {self.headline} {max(scores):.4f}"] if scores else []
+        return "  ".join(parts)
 
-    def _line(self, step: int, epoch: float) -> None:
+    def _left(self) -> str:
+        """The time that is left, if the trials that wait take as long as those that ran."""
+        share = (self.over - self.already + len(self.fleet) * self.done / self.steps) / (self.total - self.already)
+        if not 0 < share < 1:
+            return ""
+        return f", {duration((time.monotonic() - self.start) * (1 / share - 1))} left"
+
+    def _show(self, now: bool = False) -> None:
+        self.bar.update(self.task, completed=self.done, state=self._state())
+        if self.rich.is_terminal or not (now or time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES):
+            return
         self.last_line = time.monotonic()
-        left = (self.last_line - self.start) / max(step, 1) * (self.total_steps - step)
-        remaining = f", {left:.0f} s left" if 0 < step < self.total_steps else ""
-        line = f"{self._title()}  step {step}/{self.total_steps}  epoch {epoch:.2f}  {self._state()}{remaining}"
+        counts = f"{self._counts()}  " if self.total > 1 else ""
+        line = f"{counts}{self._title()}  step {self.done}/{self.steps}  {self._state()}{self._left()}"
         print(line, file=sys.stderr, flush=True)
 
-
-def print_results(trials: Sequence[Trial], results: Sequence[Result]) -> None:
-    """A short table of the results and the folder of each, on standard output."""
-    table = Table(box=None, pad_edge=False)
-    for column in (
-        "task",
-        "method",
-        "model",
-        "data",
-        "lr",
-        "seed",
-        "status",
-        "best epoch",
-        "validation",
-        "test",
-    ):
-        table.add_column(column)
-    for trial, result in zip(trials, results, strict=True):
-        best = result["best"]
-        table.add_row(
-            trial.task.name,
-            trial.method.name,
-            trial.model.name,
-            result["made_by"]["data"]["source"],
-            f"{trial.lr:g}",
-            str(trial.seed),
-            result["status"],
-            str(best["epoch"]) if best else "-",
-            _scores(best["validation"]) if best else "-",
-            _scores(best["test"]) if best and best["test"] else "-",
-        )
-    Rich(width=None if sys.stdout.isatty() else 200).print(table)
-    for trial in trials:
-        print(f"results in {trial.folder}")
+    def _view(self) -> RenderableType:
+        if self.total == 1:
+            return self.bar
+        title = f"best {self.headline} on validation so far, by factor on the base rate"
+        return Group(title, self.rows.table(self.best), f"{self._counts()}{self._left()}", self.bar)
 
 
-def _scores(scores: dict[str, float | None]) -> str:
+class Rows:
+    """Trials as a table of method × factor: a row for each task, method and whatever else differs but seed and rate."""
+
+    def __init__(self, trials: Sequence[Trial]):
+        self.trials = trials
+        flats = [flatten(trial.resolved()) for trial in trials]
+        hidden = ("seed", "lr", "lr_factor", "weight_decay", "method.weight_decay", "name")
+        keys = [key for key in dict.fromkeys(k for flat in flats for k in flat) if key not in hidden]
+        names = [(trial.task.name, trial.method.name) for trial in trials]
+        by_name: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        for name, flat in zip(names, flats, strict=True):
+            by_name.setdefault(name, []).append(flat)
+        varying = {
+            name: [key for key in keys if len({str(flat.get(key)) for flat in some}) > 1]
+            for name, some in by_name.items()
+        }
+        self.labels = [
+            " ".join([*name, *(f"{key.removeprefix('method.')}={flat.get(key)}" for key in varying[name])])
+            for name, flat in zip(names, flats, strict=True)
+        ]
+
+    def table(self, scores: Mapping[Path, float], marks: Mapping[Path, str] | None = None) -> Table:
+        """Mean, and standard deviation over seeds where there are several, of the scores by folder."""
+        factors = sorted({round(trial.factor, 6) for trial in self.trials})
+        table = Table("", *(f"×{factor:g}" for factor in factors), box=None, pad_edge=False)
+        cells: dict[tuple[str, float], list[Trial]] = {}
+        for label, trial in zip(self.labels, self.trials, strict=True):
+            cells.setdefault((label, round(trial.factor, 6)), []).append(trial)
+        for label in dict.fromkeys(self.labels):
+            table.add_row(label, *(self._cell(cells.get((label, f), ()), scores, marks or {}) for f in factors))
+        return table
+
+    def _cell(self, trials: Iterable[Trial], scores: Mapping[Path, float], marks: Mapping[Path, str]) -> str:
+        values = [scores[trial.folder] for trial in trials if trial.folder in scores]
+        marked = [marks[trial.folder] for trial in trials if trial.folder in marks]
+        text = f"{statistics.fmean(values):.4f}" if values else "-"
+        if len(values) > 1:
+            text += f" ± {statistics.stdev(values):.4f} ({len(values)})"
+        counted = [f"{marked.count(mark)} {mark}" for mark in dict.fromkeys(marked)]
+        return ", ".join([text, *counted])
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
+def print_results(trials: Sequence[Trial], found: Sequence[Result | None]) -> None:
+    """A short table of the results and where they are, on standard output."""
+    rich = Rich(width=None if sys.stdout.isatty() else 200)
+    if len(trials) == 1:
+        if result := found[0]:
+            rich.print(_one(trials[0], result))
+            print(f"results in {trials[0].folder}")
+        return
+    by_folder = {trial.folder: (trial, result) for trial, result in zip(trials, found, strict=True)}
+    scores, marks, titles = {}, {}, dict[str, None]()
+    for folder, (_, result) in by_folder.items():
+        if result is None:
+            marks[folder] = "failed"
+            continue
+        if result["status"] != "done":
+            marks[folder] = result["status"]
+        if result["best"]:
+            part = "test" if result["best"]["test"] else "validation"
+            titles |= {f"{result['headline']} on {part}": None}
+            score = (result["best"]["test"] or result["best"]["validation"])[result["headline"]]
+            if score is not None and result["status"] == "done":
+                scores[folder] = score
+    sources = sorted({result["made_by"]["data"]["source"] for _, result in by_folder.values() if result})
+    encoders = sorted({trial.model.name for trial in trials})
+    about = f"{', '.join(encoders)}, {' and '.join(sources)} data" if sources else ", ".join(encoders)
+    print(f"{' or '.join(titles) or 'no scores'} ({about}), by factor on the method's base rate")
+    rich.print(Rows([trial for trial, _ in by_folder.values()]).table(scores, marks))
+    for folder, mark in marks.items():
+        print(f"{mark}: {folder}")
+    for root in dict.fromkeys(folder.parent for folder in by_folder):
+        print(f"results in {root}")
+
+
+def _one(trial: Trial, result: Result) -> Table:
+    best = result["best"]
+    cells = {
+        "task": trial.task.name,
+        "method": trial.method.name,
+        "model": trial.model.name,
+        "data": result["made_by"]["data"]["source"],
+        "lr": f"{trial.rate:g}",
+        "seed": str(trial.seed),
+        "status": result["status"],
+        "best epoch": str(best["epoch"]) if best else "-",
+        "validation": _scores(best["validation"]) if best else "-",
+        "test": _scores(best["test"]) if best and best["test"] else "-",
+    }
+    table = Table(*cells, box=None, pad_edge=False)
+    table.add_row(*cells.values())
+    return table
+
+
+def _scores(scores: Scores) -> str:
     shown = {name: value for name, value in scores.items() if name != "loss"}
     return ", ".join(f"{name} {'nan' if value is None else f'{value:.4f}'}" for name, value in shown.items())

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-from delora.config import Trial, matches
+from delora.config import PER_TRIAL, Trial, matches
 from delora.errors import UserError
-from delora.methods.base import PER_TRIAL, Method
+from delora.methods.base import Method
 from delora.randomness import Draw, Dropout, TokenKeys
 
 DTYPES = {
@@ -220,11 +220,16 @@ class Fleet(nn.Module):
 
 def method_options(trials: Sequence[Trial], dtype: torch.dtype, device: torch.device) -> dict[str, object]:
     """The options of a fleet's method; those that may differ between trials as tensors (K,)."""
-    options = trials[0].method.options()
-    for name in options.keys() & set(PER_TRIAL):
-        values = [trial.method.options()[name] for trial in trials]
-        options[name] = torch.tensor(values, dtype=dtype, device=device)
-    return options
+    options = [trial.method.options() for trial in trials]
+    for trial, own in zip(trials, options, strict=True):
+        if "lambda_lr" in own:
+            own["lambda_lr"] = trial.lambda_rate
+    return {
+        name: torch.tensor([own[name] for own in options], dtype=dtype, device=device)
+        if f"method.{name}" in PER_TRIAL
+        else value
+        for name, value in options[0].items()
+    }
 
 
 def _replace(root: nn.Module, name: str, module: nn.Module) -> None:

@@ -59,6 +59,7 @@ class _Command:
         overrides = self._parse(words)
         self._folders = [*folders, *_search_path(overrides)]
         groups = {path.name for folder in self._folders for path in folder.iterdir() if path.is_dir()}
+        groups.discard("hydra")
         self._options = {group: self._list(group) for group in sorted(groups)}
         own = [override for override in overrides if not override.is_hydra_override() and self._is_plain(override)]
         choices = {o.key_or_group: self._choose(o) for o in own if o.key_or_group in self._options}

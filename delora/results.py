@@ -14,6 +14,7 @@ import contextlib
 import errno
 import fcntl
 import functools
+import itertools
 import json
 import logging
 import math
@@ -41,6 +42,7 @@ SCHEMA = 1
 CONFIG, METRICS, RESULT, LOG = "config.yaml", "metrics.jsonl", "result.json", "log.txt"
 ADAPTER, PREDICTIONS = "adapter.safetensors", "predictions.safetensors"
 LOCK = ".lock"
+WAYS_ON = "Choose another name=..., or go on with resume=force: results of the other config are kept beside."
 OURS = (CONFIG, METRICS, RESULT, LOG, ADAPTER, PREDICTIONS, "wandb")
 
 _YAML_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times faster than Python's
@@ -51,6 +53,16 @@ logger = logging.getLogger(__name__)
 
 class ResultsError(UserError):
     """A result could not be written or read; the message names the file."""
+
+    status = 1
+
+
+class ConfigChanged(UserError):
+    """The folder holds a trial with another config; the message shows the difference."""
+
+
+class InUse(UserError):
+    """Another process holds the folder; the message names it."""
 
 
 # --- What result.json and metrics.jsonl hold
@@ -241,22 +253,30 @@ class TrialFolder:
                     os.unlink(name, dir_fd=self._folder)
         self._cut(METRICS, 0)
 
-    def rewind(self, step: int) -> None:
-        """Keeps the metrics up to and with `step`, from where the trial goes on."""
-        kept = 0
+    def rewind(self, step: int, epoch: int) -> list[Any]:
+        """Keeps the `Step`s up to `step` and the `Evaluation`s up to `epoch`, from where the trial goes on.
+
+        Returns:
+            What is kept.
+        """
+        kept, size = [], 0
         with self._writing(METRICS):
             data = self._read(METRICS)
         for number, line in enumerate(data.splitlines(keepends=True), start=1):
             if not line.endswith(b"\n"):
                 break  # torn by the end of the earlier process
             try:
-                if json.loads(line)["step"] > step:
-                    break
+                record = json.loads(line)
+                later = record["epoch"] > epoch if record["kind"] == "evaluation" else record["step"] > step
             except (ValueError, KeyError, TypeError):
                 where = f"{self.path / METRICS}, line {number}"
                 raise ResultsError(f"{where}: damaged. Delete the folder to run the trial anew.") from None
-            kept += len(line)
-        self._cut(METRICS, kept)
+            if later:
+                break
+            kept.append(record)
+            size += len(line)
+        self._cut(METRICS, size)
+        return kept
 
     def record(self, line: Mapping[str, Any]) -> None:
         """Adds a `Step` or an `Evaluation` to metrics.jsonl."""
@@ -271,21 +291,10 @@ class TrialFolder:
 
     def save(self, name: str, data: bytes) -> None:
         """Writes a file whole, or leaves the earlier one. What was recorded before is on disk before."""
-        temporary = f".{name}.tmp"
         with self._writing(name):
-            try:
-                with self._opened(METRICS, os.O_WRONLY) as file:
-                    os.fsync(file)
-                with self._opened(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC) as file:
-                    _write(file, data)
-                    os.fsync(file)
-                os.replace(temporary, name, src_dir_fd=self._folder, dst_dir_fd=self._folder)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(temporary, dir_fd=self._folder)
-                raise
-            with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
-                os.fsync(self._folder)
+            with self._opened(METRICS, os.O_WRONLY) as file:
+                os.fsync(file)
+            _replace(self._folder, name, data)
 
     def save_tensors(self, name: str, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> None:
         """Writes named tensors, any shape, as a safetensors file."""
@@ -362,10 +371,8 @@ class TrialFolder:
         changes = differences(stored, self.config, ignore)
         if changes:
             more = [f"  and {len(changes) - 20} more"] if len(changes) > 20 else []
-            raise UserError(
-                "\n".join([f"{self.path} holds a trial with another config:", *changes[:20], *more])
-                + "\nChoose another name=..., or delete the folder."
-            )
+            told = "\n".join([f"{self.path} holds a trial with another config:", *changes[:20], *more])
+            raise ConfigChanged(f"{told}\n{WAYS_ON}")
         self.left_over = True
         try:
             result = _checked(json.loads(self._read(RESULT)))
@@ -450,11 +457,49 @@ def _lock(handles: contextlib.ExitStack, folder: int, path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = os.pread(file, 200, 0).decode(errors="replace").strip() or "another process"
-        raise UserError(f"{path} is in use by {holder}. Wait for it, or choose another name=...") from None
+        raise InUse(f"{path} is in use by {holder}. Wait for it, or choose another name=...") from None
     except OSError as error:  # some cluster file systems have no locks
         logger.warning("%s cannot be locked (%s): run no other process on it", path, error.strerror)
     os.ftruncate(file, 0)
     os.pwrite(file, f"process {os.getpid()} on host {socket.gethostname()}\n".encode(), 0)
+
+
+def set_aside(path: Path) -> Path:
+    """Renames a folder to one that is free, path.old-1 and so on; returns that."""
+    free = next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.name}.old-{n}")).exists())
+    path.rename(free)
+    return free
+
+
+def replace(path: Path, data: bytes) -> None:
+    """Writes a file whole, or leaves the earlier one. Raises ResultsError where that fails."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            _replace(folder, path.name, data)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        raise ResultsError(_explain(path, error)) from error
+
+
+def _replace(folder: int, name: str, data: bytes) -> None:
+    temporary = f".{name}.tmp"
+    try:
+        file = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666, dir_fd=folder)
+        try:
+            _write(file, data)
+            os.fsync(file)
+        finally:
+            os.close(file)
+        os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary, dir_fd=folder)
+        raise
+    with contextlib.suppress(OSError):  # some network file systems cannot sync a folder
+        os.fsync(folder)
 
 
 def _write(file: int, data: bytes) -> None:
@@ -522,6 +567,15 @@ def read(folder: Path | str) -> StoredTrial:
         return _stored(Path(folder))
     except ValueError as error:
         raise ResultsError(f"{Path(folder) / RESULT}: {error}") from None
+
+
+def stored_config(folder: Path | str) -> dict[str, Any] | None:
+    """The config of the trial in a folder, None where there is none."""
+    try:
+        config = yaml.load(_content(Path(folder) / CONFIG), Loader=_YAML_LOADER)
+    except (OSError, yaml.YAMLError, ValueError):
+        return None
+    return config if isinstance(config, dict) else None
 
 
 def _stored(folder: Path) -> StoredTrial:

@@ -1,15 +1,18 @@
 """One fleet of trials from config to results: config → data → model + method → train → results."""
 
-import contextlib
 import dataclasses
+import functools
+import json
 import logging
 import os
+import signal
+import threading
 import time
-import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Self, cast
 
+import safetensors.torch
 import torch
 
 from delora import data as rows_of
@@ -20,47 +23,46 @@ from delora.data import Dataset
 from delora.data.batches import Tokens
 from delora.data.splits import paper_split
 from delora.errors import UserError
-from delora.model import ATTENTION, Fleet
-from delora.results import Result, TrialFolder
-from delora.tasks import TASKS
+from delora.model import ATTENTION, DTYPES, Fleet
+from delora.results import Result, ResultsError, TrialFolder
+from delora.tasks import TASKS, Task
 from delora.tracking import Tracker, Tracking
-from delora.train import Data, Outcome, Score, Totals, train
+from delora.train import Data, Outcome, Score, State, Totals, train
+
+logger = logging.getLogger(__name__)
 
 
-def run(trials: Sequence[Trial]) -> list[Result]:
-    """Trains the trials that are not finished yet together, writes their folders, and returns all results.
+class Interrupted(KeyboardInterrupt):
+    """SIGINT or SIGTERM came; what was trained is on disk. `status` is the exit status."""
+
+    def __init__(self, number: int):
+        super().__init__(signal.Signals(number).name)
+        self.status = 128 + number
+
+
+def run_fleet(
+    trials: Sequence[Trial], folders: Sequence[TrialFolder | None], state: Path, console: Console, tracking: Tracking
+) -> dict[int, Result]:
+    """Trains trials together, going on from the state on disk if there is one, and writes their folders.
 
     Args:
-        trials: configs that may share a fleet.
+        trials: configs of the same `company`.
+        folders: their opened folders; None for a trial whose results are not to be written.
+        state: the file of the fleet's state, safetensors; deleted when all is written.
+
+    Returns:
+        Results by index; a trial whose folder could not be written has none.
 
     Raises:
         UserError: data, weights, a folder or the disk are not as they must be.
+        Interrupted: a signal came; the state is saved.
     """
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    with contextlib.ExitStack() as open_folders:
-        folders = [open_folders.enter_context(_open(trial)) for trial in trials]
-        todo = [k for k, folder in enumerate(folders) if folder.finished is None]
-        if todo:
-            _run_fleet([trials[k] for k in todo], [folders[k] for k in todo])
-        return [folder.finished for folder in folders if folder.finished is not None]
-
-
-def _open(trial: Trial) -> TrialFolder:
-    folder = results.open_trial(trial.folder, trial.resolved(), ignore=NOT_THE_TRIAL)
-    if folder.left_over:
-        folder.restart()
-    return folder
-
-
-def _run_fleet(trials: Sequence[Trial], folders: Sequence[TrialFolder]) -> None:
     started, config = time.perf_counter(), trials[0]
     task, device = TASKS[config.task.name], choose_device(config.device)
-    _require_all(config)
-    dataset = rows_of.load(task, **config.data.options())
+    dataset, tensors = prepare(config)
     encoder = pretrained.load(config.model, task)
     encoder.model.set_attn_implementation(ATTENTION)
     fleet = Fleet(encoder.model, trials, device)
-    tensors = tokenise(dataset, fleet, encoder, trials)
     made_by = results.provenance(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         precision=config.precision,
@@ -68,27 +70,21 @@ def _run_fleet(trials: Sequence[Trial], folders: Sequence[TrialFolder]) -> None:
         data={"source": dataset.source, "sha256": dataset.sha256},
         weights={"source": encoder.source, "sha256": encoder.sha256},
     )
-    with Tracking(config.logger.mode, config.logger.project) as tracking:
-        trackers = [
-            tracking.start(trial.id, trial.resolved(), folder.path, ignore=NOT_THE_TRIAL)
-            for trial, folder in zip(trials, folders, strict=True)
-        ]
-        with Console(trials, task.headline, _total_steps(tensors, config)) as console:
-            recorder = Recorder(folders, trackers, console)
-            try:
-                outcomes, totals = train(fleet, tensors, recorder)
-            except Exception:
-                for folder in folders:
-                    folder.log(traceback.format_exc())
-                raise
-        for trial, folder, tracker, outcome in zip(trials, folders, trackers, outcomes, strict=True):
-            result = _result(trial, outcome, totals, fleet, made_by, time.perf_counter() - started)
-            if outcome.best is not None:
-                described = {"id": trial.id, "epoch": str(outcome.best.epoch)}
-                folder.save_tensors(results.ADAPTER, outcome.adapter, described)
-                folder.save_tensors(results.PREDICTIONS, outcome.predictions, described)
-            folder.finish(result)
-            tracker.finish(outcome.status, {"best": result["best"], "last": result["last"]})
+    origin = {"data": dataset.sha256, "weights": encoder.sha256, "precision": config.precision}
+    with Stop() as stop:
+        checkpoint = StateFile(state, [trial.id for trial in trials], origin, config.fleet.checkpoint_seconds, stop)
+        recorder = Recorder(trials, folders, console, tracking, checkpoint.position)
+        data = for_trials(dataset.task, tensors, trials)
+        console.begin(trials, task.headline, -(-len(data.train) // config.batch_size) * config.epochs)
+        outcomes, totals = train(fleet, data, recorder, checkpoint)
+        found = {}
+        for k, outcome in enumerate(outcomes):
+            if recorder.folders[k] is not None:
+                result = _result(trials[k], outcome, totals, fleet, made_by, time.perf_counter() - started)
+                if recorder.finish(k, outcome, result):
+                    found[k] = result
+        checkpoint.delete()
+    return found
 
 
 def choose_device(name: str) -> torch.device:
@@ -106,71 +102,249 @@ def choose_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def _require_all(config: Trial) -> None:
-    """One error for all that is missing, before anything is read."""
-    task = TASKS[config.task.name]
-    where = {key: value for key, value in config.data.options().items() if key in ("source", "dir")}
-    lacks = [rows_of.missing(task, **where), pretrained.missing(config.model)]
-    if found := [text for text in lacks if text]:
-        raise UserError("missing on this machine:\n" + "\n".join(found))
-
-
-def tokenise(dataset: Dataset, fleet: Fleet, encoder: pretrained.Pretrained, trials: Sequence[Trial]) -> Data:
-    """The dataset on the fleet's device, with each trial's validation and test rows.
+def require_all(trials: Sequence[Trial]) -> None:
+    """One error for all that is missing, before anything is read.
 
     Raises:
-        UserError: the batch is larger than the training rows.
+        UserError: data or weights are missing.
     """
-    config, task = trials[0], dataset.task
-    tokens = {
-        name: Tokens(rows, encoder.tokenizer, config.max_length, fleet.device, fleet.dtype)
-        for name, rows in dataset.splits.items()
-    }
-    if config.batch_size > len(tokens["train"]):
-        raise UserError(f"batch_size={config.batch_size}: there are only {len(tokens['train'])} training rows")
+    lacks: dict[str, None] = {}  # in order, each once
+    for trial in {(t.task, t.data, t.model): t for t in trials}.values():
+        where = {key: value for key, value in trial.data.options().items() if key in ("source", "dir")}
+        for text in (rows_of.missing(TASKS[trial.task.name], **where), pretrained.missing(trial.model)):
+            lacks |= {text: None} if text else {}
+    if lacks:
+        raise UserError("missing on this machine:\n" + "\n".join(lacks))
+
+
+def prepare(config: Trial) -> tuple[Dataset, dict[str, Tokens]]:
+    """The rows of a trial's task, and as tokens on its device; the fleets of a sweep share them.
+
+    Raises:
+        UserError: rows are missing or damaged; the batch is larger than the training rows.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    name, device, dtype = config.task.name, config.device, DTYPES[config.precision]
+    return _prepare(name, config.data, config.model, config.max_length, config.batch_size, device, dtype)
+
+
+@functools.lru_cache(maxsize=1)
+def _prepare(name: str, data, model, max_length: int, batch_size: int, device: str, dtype: torch.dtype):
+    task = TASKS[name]
+    dataset = rows_of.load(task, **data.options())
+    tokenizer = pretrained.load(model, task).tokenizer
+    place = choose_device(device)
+    tokens = {split: Tokens(rows, tokenizer, max_length, place, dtype) for split, rows in dataset.splits.items()}
+    if batch_size > len(tokens["train"]):
+        raise UserError(f"batch_size={batch_size}: there are only {len(tokens['train'])} training rows")
     cut = sum(t.cut for t in tokens.values())
     if cut:
-        logging.getLogger(__name__).info("%d examples fill max_length=%d and may be cut", cut, config.max_length)
+        logger.warning("%d examples fill max_length=%d tokens and may be cut", cut, max_length)
+    return dataset, tokens
+
+
+def for_trials(task: Task, tokens: Mapping[str, Tokens], trials: Sequence[Trial]) -> Data:
+    """The tokens with each trial's validation and test rows."""
     rows = len(tokens["validation"])
     data = Data(task, tokens["train"], tokens["validation"], torch.arange(rows).expand(len(trials), -1))
     data.mismatched = tokens.get("validation_mismatched")
-    if config.protocol.name == "paper":
+    if trials[0].protocol.name == "paper":
         splits = [paper_split(task, trial.seed, rows) for trial in trials]
         data.validation_KS = torch.stack([torch.as_tensor(validation) for validation, _ in splits])
         data.test_KS = torch.stack([torch.as_tensor(test) for _, test in splits])
     return data
 
 
-def _total_steps(data: Data, config: Trial) -> int:
-    return -(-len(data.train) // config.batch_size) * config.epochs
+class Stop:
+    """Hears SIGINT and SIGTERM. After the first the loop saves its state and ends; the second ends it at once."""
+
+    def __init__(self):
+        self.number: int | None = None
+
+    def __enter__(self) -> Self:
+        self._before: dict[int, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # Python tells no other thread
+            self._before = {n: signal.signal(n, self._hear) for n in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if kind is None:
+            self.check()
+
+    def _hear(self, number: int, _: object) -> None:
+        if self.number is not None:
+            raise Interrupted(number)
+        self.number = number
+
+    def check(self) -> None:
+        """Raises Interrupted where a signal came."""
+        if self.number is not None:
+            raise Interrupted(self.number)
+
+
+class StateFile:
+    """A fleet's training state on disk: the loop's `Checkpoints`.
+
+    Args:
+        path: a safetensors file, replaced whole.
+        trials: the trials' ids, in the fleet's order.
+        origin: what must be the same for training to go on.
+        seconds: between two writes.
+
+    Raises:
+        UserError: the file was made with another `origin`.
+    """
+
+    def __init__(self, path: Path, trials: Sequence[str], origin: Mapping[str, Any], seconds: float, stop: Stop):
+        self.path, self.seconds, self.stop = path, seconds, stop
+        self.about: dict[str, Any] = {"trials": list(trials), "origin": dict(origin)}
+        self.last = time.monotonic()
+        self.stored: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
+        if stored := read_state(path):
+            self.stored = stored
+            differing = results.differences(stored[1]["origin"], self.about["origin"])
+            if stored[1]["trials"] != self.about["trials"] or differing:
+                lines = "\n".join(differing)
+                raise UserError(f"{path}: training began with another input:\n{lines}\nDelete it to begin anew.")
+
+    @property
+    def position(self) -> tuple[int, int] | None:
+        """Step and epoch from which training goes on."""
+        if self.stored is None:
+            return None
+        return self.stored[1]["totals"]["steps"], self.stored[1]["scored"]
+
+    def restore(self, state: State) -> None:
+        if self.stored:
+            state.unpack(*self.stored)
+            self.stored = None
+
+    def offer(self, state: State) -> None:
+        if self.stop.number is None and time.monotonic() - self.last < self.seconds:
+            return
+        tensors, plain = state.pack()
+        try:
+            write_state(self.path, tensors, {**self.about, **plain})
+        except ResultsError as error:
+            logger.warning("no checkpoint: %s", error)
+        self.last = time.monotonic()
+        self.stop.check()
+
+    def delete(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def read_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
+    """Tensors and plain data of a fleet's state; None where there is no whole file."""
+    if not path.exists():
+        return None
+    try:
+        tensors, described = results.read_tensors(path, "pt")
+        return tensors, json.loads(described["state"])
+    except (ResultsError, KeyError, ValueError) as error:
+        logger.warning("%s: not a fleet's state (%s); its trials begin anew", path, error)
+        return None
+
+
+def write_state(path: Path, tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any]) -> None:
+    """Writes what `read_state` reads. Raises ResultsError where that fails."""
+    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    results.replace(path, safetensors.torch.save(on_cpu, {"state": json.dumps(plain)}))
 
 
 class Recorder:
-    """Passes what the loop reports to each trial's folder, its wandb run and the console."""
+    """Passes what the loop reports to each trial's folder, its wandb run and the console.
 
-    def __init__(self, folders: Sequence[TrialFolder], trackers: Sequence[Tracker], console: Console):
-        self.folders, self.trackers, self.console = folders, trackers, console
+    A trial whose folder cannot be written is left out from then on; if none is left the error is raised.
+    """
+
+    def __init__(
+        self,
+        trials: Sequence[Trial],
+        folders: Sequence[TrialFolder | None],
+        console: Console,
+        tracking: Tracking,
+        position: tuple[int, int] | None,
+    ):
+        self.trials, self.folders, self.console = trials, list(folders), console
         self.start = time.perf_counter()
+        self.trackers: list[Tracker | None] = [None] * len(trials)
+        for k, (trial, folder) in enumerate(zip(trials, folders, strict=True)):
+            if folder is None:
+                continue
+            self.trackers[k] = tracking.start(
+                trial.id, trial.resolved(), folder.path, group=trial.sweep, ignore=NOT_THE_TRIAL
+            )
+            if position is None:
+                folder.restart()
+                continue
+            for line in folder.rewind(*position):
+                self._track(k, line)
 
     def step(self, step: int, epoch: float, loss_K: list[float | None], lr_K: list[float]) -> None:
         seconds = time.perf_counter() - self.start
-        for folder, tracker, loss, lr in zip(self.folders, self.trackers, loss_K, lr_K, strict=True):
+        for k, (loss, lr) in enumerate(zip(loss_K, lr_K, strict=True)):
             if loss is not None:
                 line = {"step": step, "epoch": epoch, "loss": loss, "lr": lr, "seconds": seconds}
-                folder.record({"kind": "step", **line})
-                tracker.log({"train": {"loss": loss, "lr": lr}, "epoch": epoch}, step)
-        self.console.step(step, epoch, loss_K)
+                self._record(k, {"kind": "step", **line})
+        self.console.step(step, loss_K)
 
     def evaluation(self, trial: int, evaluation: dict[str, Any], best: Score | None) -> None:
-        self.folders[trial].record({"kind": "evaluation", **evaluation})
-        values = {"loss": evaluation["loss"], **evaluation["metrics"]}
-        logged = {"validation": values, "distance": evaluation["distance"], "lambda": evaluation["lambda"]}
-        self.trackers[trial].log(logged, evaluation["step"])
+        self._record(trial, {"kind": "evaluation", **evaluation})
         self.console.evaluation(trial, evaluation, best)
 
     def diverged(self, trial: int, step: int) -> None:
-        self.folders[trial].log(f"diverged in step {step}: the loss is not finite")
+        if folder := self.folders[trial]:
+            folder.log(f"diverged in step {step}: the loss is not finite")
         self.console.diverged(trial, step)
+
+    def finish(self, trial: int, outcome: Outcome, result: Result) -> bool:
+        """Writes the trial's tensors and result; whether that went well."""
+        described = {"id": result["id"]}
+
+        def write(folder: TrialFolder) -> None:
+            if outcome.best is not None:
+                described["epoch"] = str(outcome.best.epoch)
+                folder.save_tensors(results.ADAPTER, outcome.adapter, described)
+                folder.save_tensors(results.PREDICTIONS, outcome.predictions, described)
+            folder.finish(result)
+
+        if not self._write(trial, write):
+            return False
+        if tracker := self.trackers[trial]:
+            tracker.finish(outcome.status, {"best": result["best"], "last": result["last"]})
+        return True
+
+    def _record(self, trial: int, line: Mapping[str, Any]) -> None:
+        if self._write(trial, lambda folder: folder.record(line)):
+            self._track(trial, line)
+
+    def _write(self, trial: int, write: Callable[[TrialFolder], None]) -> bool:
+        folder = self.folders[trial]
+        if folder is None:
+            return False
+        try:
+            write(folder)
+            return True
+        except ResultsError as error:
+            self.folders[trial] = None
+            self.console.failed(self.trials[trial], str(error))
+            if not any(self.folders):
+                raise
+            return False
+
+    def _track(self, trial: int, line: Mapping[str, Any]) -> None:
+        tracker = self.trackers[trial]
+        if tracker is None:
+            return
+        if line["kind"] == "step":
+            tracker.log({"train": {"loss": line["loss"], "lr": line["lr"]}, "epoch": line["epoch"]}, line["step"])
+        else:
+            values = {"loss": line["loss"], **line["metrics"]}
+            logged = {"validation": values, "distance": line["distance"], "lambda": line["lambda"]}
+            tracker.log(logged, line["step"])
 
 
 def _result(
@@ -179,7 +353,7 @@ def _result(
     result = {
         "schema": results.SCHEMA,
         "id": trial.id,
-        "sweep": None,
+        "sweep": trial.sweep,
         "status": outcome.status,
         "config": trial.resolved(),
         "headline": TASKS[trial.task.name].headline,

@@ -6,8 +6,8 @@ length K. Shapes as in `delora.methods.base` and `delora.data.batches`; C labels
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -21,6 +21,7 @@ from delora.optim import FleetAdamW
 from delora.tasks import Task
 
 MISMATCHED = "accuracy_mm"
+VALIDATION = "validation"
 
 
 @dataclass
@@ -68,6 +69,70 @@ class Totals:
     computed_tokens: int = 0
 
 
+@dataclass
+class State:
+    """All that training changes. Its tensors have the trials first, so a trial's part of it is one row.
+
+    `scored` is the last epoch whose evaluation is over, -1 before the first.
+    """
+
+    optimizer: FleetAdamW
+    best_values: Tensor
+    diverged_step_K: Tensor
+    outcomes: list[Outcome]
+    totals: Totals
+    scored: int = -1
+
+    def pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors (K, ...), and plain data with a list of length K, for a checkpoint."""
+        tensors = self._rows()
+        logits = [outcome.predictions.get(VALIDATION) for outcome in self.outcomes]
+        if some := next((one for one in logits if one is not None), None):
+            tensors["best_logits"] = torch.stack([torch.zeros_like(some) if one is None else one for one in logits])
+        outcomes = [
+            {
+                "status": outcome.status,
+                "best": asdict(outcome.best) if outcome.best else None,
+                "last": asdict(outcome.last) if outcome.last else None,
+                "diverged_step": outcome.diverged_step,
+            }
+            for outcome in self.outcomes
+        ]
+        return tensors, {"scored": self.scored, "totals": asdict(self.totals), "outcomes": outcomes}
+
+    def unpack(self, tensors: Mapping[str, Tensor], plain: Mapping[str, Any]) -> None:
+        """Puts back what `pack` gave."""
+        for name, tensor in self._rows().items():
+            tensor.copy_(tensors[name])
+        self.scored, self.totals = plain["scored"], Totals(**plain["totals"])
+        for k, (outcome, stored) in enumerate(zip(self.outcomes, plain["outcomes"], strict=True)):
+            outcome.status, outcome.diverged_step = stored["status"], stored["diverged_step"]
+            outcome.best = Score(**stored["best"]) if stored["best"] else None
+            outcome.last = Score(**stored["last"]) if stored["last"] else None
+            if outcome.best:
+                outcome.predictions[VALIDATION] = tensors["best_logits"][k].clone()
+
+    def _rows(self) -> dict[str, Tensor]:
+        optimizer = self.optimizer
+        return {
+            "values": optimizer.values,
+            "mean": optimizer.mean,
+            "square": optimizer.square,
+            "alive": optimizer.alive_K,
+            "best_values": self.best_values,
+            "diverged_step": self.diverged_step_K,
+        }
+
+
+class Checkpoints(Protocol):
+    """Where the loop keeps its state between steps, so that it can go on after an interruption."""
+
+    def restore(self, state: State) -> None: ...
+
+    def offer(self, state: State) -> None:
+        """Called after every step and evaluation; saves the state when it is time to."""
+
+
 class Report(Protocol):
     """Who listens to the loop. Losses and rates are lists of length K, None for a trial that no longer runs."""
 
@@ -78,62 +143,51 @@ class Report(Protocol):
     def diverged(self, trial: int, step: int) -> None: ...
 
 
-def train(fleet: Fleet, data: Data, report: Report) -> tuple[list[Outcome], Totals]:
+def train(
+    fleet: Fleet, data: Data, report: Report, checkpoints: Checkpoints | None = None
+) -> tuple[list[Outcome], Totals]:
     """Trains the fleet's trials and scores them; the fleet ends with each trial's best values.
 
     Raises:
         RuntimeError: a frozen weight changed.
     """
     config, seeds = fleet.trials[0], [trial.seed for trial in fleet.trials]
-    rows, batch_size = len(data.train), config.batch_size
-    steps_per_epoch = -(-rows // batch_size)
+    rows = len(data.train)
+    steps_per_epoch = -(-rows // config.batch_size)
     optimizer = make_optimizer(fleet, steps_per_epoch * config.epochs)
-    outcomes, totals = [Outcome() for _ in seeds], Totals()
-    best_values = optimizer.values.clone()
-    diverged_step_K = torch.full((len(seeds),), -1, device=fleet.device)
+    no_step_K = torch.full((len(seeds),), -1, device=fleet.device)
+    state = State(optimizer, optimizer.values.clone(), no_step_K, [Outcome() for _ in seeds], Totals())
     frozen = fleet.checksum()
+    if checkpoints:
+        checkpoints.restore(state)
 
-    def evaluate_all(epoch: int) -> None:
+    if state.scored < 0:
+        _evaluate(fleet, data, state, report)
+    for epoch in range(state.scored, config.epochs):
         start = time.perf_counter()
-        _retire(optimizer, diverged_step_K, outcomes, report)
-        alive = optimizer.alive_K.tolist()
-        for trial, evaluation in _evaluate(fleet, data, alive, epoch, totals.steps).items():
-            outcome = outcomes[trial]
-            logits = evaluation.pop("logits")
-            if not math.isfinite(evaluation["loss"]):  # the last update broke the trial
-                optimizer.alive_K[trial], diverged_step_K[trial] = False, totals.steps
-                continue
-            outcome.last = Score(epoch, totals.steps, {"loss": evaluation["loss"], **evaluation["metrics"]})
-            if epoch > 0 and _better(outcome.last, outcome.best, data.task.headline):
-                outcome.best = replace(outcome.last, validation=dict(outcome.last.validation))
-                outcome.predictions["validation"] = logits
-                best_values[trial] = optimizer.values[trial]
-            report.evaluation(trial, evaluation, outcome.best)
-        _retire(optimizer, diverged_step_K, outcomes, report)
-        totals.evaluate_seconds += time.perf_counter() - start
-
-    evaluate_all(epoch=0)
-    for epoch in range(config.epochs):
-        start = time.perf_counter()
-        order_KS = epoch_order(seeds, epoch, rows)
-        for index_KB in order_KS.split(batch_size, dim=1):
-            loss_K = _backward(fleet, data.train, index_KB, totals, config.accumulation)
+        batches = epoch_order(seeds, epoch, rows).split(config.batch_size, dim=1)
+        for index_KB in batches[state.totals.steps - epoch * steps_per_epoch :]:
+            loss_K = _backward(fleet, data.train, index_KB, state.totals, config.accumulation)
             newly_dead_K = optimizer.alive_K & ~loss_K.isfinite()
-            diverged_step_K.masked_fill_(newly_dead_K, totals.steps)
+            state.diverged_step_K.masked_fill_(newly_dead_K, state.totals.steps)
             optimizer.alive_K &= ~newly_dead_K
-            optimizer.step(totals.steps)
-            totals.steps += 1
-            if totals.steps % config.log_every == 0:
-                _report_step(optimizer, totals.steps, steps_per_epoch, loss_K, report)
-        totals.train_seconds += time.perf_counter() - start
-        evaluate_all(epoch + 1)
+            optimizer.step(state.totals.steps)
+            state.totals.steps += 1
+            if state.totals.steps % config.log_every == 0:
+                _report_step(optimizer, state.totals.steps, steps_per_epoch, loss_K, report)
+            if checkpoints:
+                checkpoints.offer(state)
+        state.totals.train_seconds += time.perf_counter() - start
+        _evaluate(fleet, data, state, report)
+        if checkpoints:
+            checkpoints.offer(state)
         if not optimizer.alive_K.any():
             break
 
-    _score_final(fleet, data, optimizer, best_values, outcomes)
+    _score_final(fleet, data, state)
     if fleet.checksum() != frozen:
         raise RuntimeError("a frozen weight of the encoder changed during training")
-    return outcomes, totals
+    return state.outcomes, state.totals
 
 
 def make_optimizer(fleet: Fleet, total_steps: int) -> FleetAdamW:
@@ -145,7 +199,7 @@ def make_optimizer(fleet: Fleet, total_steps: int) -> FleetAdamW:
 
     return FleetAdamW(
         fleet.trained(),
-        lr_K=vector([t.lr for t in trials]),
+        lr_K=vector([t.rate for t in trials]),
         weight_decay_K=vector([t.weight_decay for t in trials]),
         own_lr=fleet.own_learning_rates(),
         warmup_ratio_K=vector([t.warmup_ratio for t in trials]),
@@ -200,7 +254,29 @@ def _backward(fleet: Fleet, tokens: Tokens, index_KB: Tensor, totals: Totals, ac
     return loss_K
 
 
-def _evaluate(fleet: Fleet, data: Data, alive: list[bool], epoch: int, step: int) -> dict[int, dict[str, Any]]:
+def _evaluate(fleet: Fleet, data: Data, state: State, report: Report) -> None:
+    """Scores the trials on validation, and keeps those that are better than before."""
+    start = time.perf_counter()
+    optimizer, outcomes, step, epoch = state.optimizer, state.outcomes, state.totals.steps, state.scored + 1
+    _retire(state, report)
+    for trial, evaluation in _scores(fleet, data, optimizer.alive_K.tolist(), epoch, step).items():
+        outcome = outcomes[trial]
+        logits = evaluation.pop("logits")
+        if not math.isfinite(evaluation["loss"]):  # the last update broke the trial
+            optimizer.alive_K[trial], state.diverged_step_K[trial] = False, step
+            continue
+        outcome.last = Score(epoch, step, {"loss": evaluation["loss"], **evaluation["metrics"]})
+        if epoch > 0 and _better(outcome.last, outcome.best, data.task.headline):
+            outcome.best = replace(outcome.last, validation=dict(outcome.last.validation))
+            outcome.predictions[VALIDATION] = logits
+            state.best_values[trial] = optimizer.values[trial]
+        report.evaluation(trial, evaluation, outcome.best)
+    _retire(state, report)
+    state.scored = epoch
+    state.totals.evaluate_seconds += time.perf_counter() - start
+
+
+def _scores(fleet: Fleet, data: Data, alive: list[bool], epoch: int, step: int) -> dict[int, dict[str, Any]]:
     """Loss, metrics, distances, λ and logits on the validation rows, by trial; trials that diverged are left out."""
     logits_KSC = predict(fleet, data.validation, data.validation_KS, fleet.trials[0].batch_size)
     labels_KS = data.validation.labels_S[data.validation_KS.to(fleet.device)]
@@ -235,12 +311,13 @@ def _better(new: Score, best: Score | None, headline: str) -> bool:
     return new_value > old_value or (math.isnan(old_value) and not math.isnan(new_value))
 
 
-def _retire(optimizer: FleetAdamW, diverged_step_K: Tensor, outcomes: list[Outcome], report: Report) -> None:
+def _retire(state: State, report: Report) -> None:
     """Marks the trials that diverged since the last call."""
-    for trial, (alive, step) in enumerate(zip(optimizer.alive_K.tolist(), diverged_step_K.tolist(), strict=True)):
-        if not alive and outcomes[trial].status == "running":
-            outcomes[trial].status, outcomes[trial].diverged_step = "diverged", step
-            report.diverged(trial, step)
+    alive_K, step_K = state.optimizer.alive_K.tolist(), state.diverged_step_K.tolist()
+    for trial, outcome in enumerate(state.outcomes):
+        if not alive_K[trial] and outcome.status == "running":
+            outcome.status, outcome.diverged_step = "diverged", step_K[trial]
+            report.diverged(trial, step_K[trial])
 
 
 def _report_step(optimizer: FleetAdamW, step: int, steps_per_epoch: int, loss_K: Tensor, report: Report) -> None:
@@ -248,9 +325,9 @@ def _report_step(optimizer: FleetAdamW, step: int, steps_per_epoch: int, loss_K:
     report.step(step, step / steps_per_epoch, losses, optimizer.rates(step - 1).tolist())
 
 
-def _score_final(fleet: Fleet, data: Data, optimizer: FleetAdamW, best_values: Tensor, outcomes: list[Outcome]) -> None:
+def _score_final(fleet: Fleet, data: Data, state: State) -> None:
     """Scores the last values where MNLI asks for it, then the best ones on test, which stay in the fleet."""
-    batch_size = fleet.trials[0].batch_size
+    outcomes, batch_size = state.outcomes, fleet.trials[0].batch_size
     best = {k: outcome.best for k, outcome in enumerate(outcomes) if outcome.best is not None}
 
     def score_rows(tokens: Tokens, index_KS: Tensor, name: str) -> dict[int, dict[str, float]]:
@@ -270,7 +347,7 @@ def _score_final(fleet: Fleet, data: Data, optimizer: FleetAdamW, best_values: T
             last = outcomes[k].last
             if last is not None:
                 last.validation[MISMATCHED] = accuracy
-    optimizer.values.copy_(best_values)
+    state.optimizer.values.copy_(state.best_values)
     if data.test_KS is not None:
         for k, metrics in score_rows(data.validation, data.test_KS, "test").items():
             best[k].test = metrics

@@ -232,7 +232,7 @@ def test_another_config_is_refused_with_the_difference(path):
         "  seed: 42 → (absent)",
         "  epochs: (absent) → 3",
     }
-    assert "name=" in lines[-1] and "delete" in lines[-1]
+    assert "name=" in lines[-1] and "resume=force" in lines[-1]
     with pytest.raises(UserError, match=r"logger\.mode"):
         open_trial(path, {**CONFIG, "logger": {"mode": "offline"}}, ignore=["log"])  # a key, not a prefix of one
     open_trial(path, {**CONFIG, "logger": {"mode": "offline"}}, ignore=["logger"]).close()
@@ -307,7 +307,7 @@ def interrupted(path: Path) -> None:
         for step in range(10):
             folder.record({"kind": "step", "step": step})
             if step % 5 == 0:
-                folder.record({"kind": "evaluation", "step": step})
+                folder.record({"kind": "evaluation", "step": step, "epoch": step // 5})
     with (path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "step", "st')
     (path / ".result.json.tmp").write_text('{"schema": 1,')
@@ -329,16 +329,26 @@ def test_a_left_over_trial_starts_over(path):
     assert "first" in (path / "log.txt").read_text()
 
 
-@pytest.mark.parametrize("step", [-1, 0, 5, 7, 9, 100])
-def test_a_left_over_trial_goes_on_from_a_step(path, step):
+@pytest.mark.parametrize(
+    ("step", "epoch", "steps", "epochs"),
+    [
+        (-1, -1, [], []),
+        (0, 0, [0], [0]),
+        (5, 0, [0, 1, 2, 3, 4, 5], [0]),  # the state was kept before the evaluation after step 5
+        (5, 1, [0, 1, 2, 3, 4, 5], [0, 1]),
+        (7, 1, [0, 1, 2, 3, 4, 5, 6, 7], [0, 1]),
+        (100, 9, list(range(10)), [0, 1]),
+    ],
+)
+def test_a_left_over_trial_goes_on_from_a_step(path, step, epoch, steps, epochs):
     interrupted(path)
     with open_trial(path, CONFIG) as folder:
-        folder.rewind(step)
+        kept = folder.rewind(step, epoch)
         folder.record({"kind": "step", "step": 1000})
-    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    steps = [line["step"] for line in lines if line["kind"] == "step"]
-    evaluated = [line["step"] for line in lines if line["kind"] == "evaluation"]
-    assert steps == [s for s in range(10) if s <= step] + [1000] and evaluated == [s for s in (0, 5) if s <= step]
+    *lines, new = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert new["step"] == 1000 and lines == kept
+    assert [line["step"] for line in lines if line["kind"] == "step"] == steps
+    assert [line["epoch"] for line in lines if line["kind"] == "evaluation"] == epochs
 
 
 def test_damage_in_the_middle_is_not_taken_for_a_torn_line(path):
@@ -347,7 +357,7 @@ def test_damage_in_the_middle_is_not_taken_for_a_torn_line(path):
     lines[2] = b"\0" * (len(lines[2]) - 1) + b"\n"
     (path / "metrics.jsonl").write_bytes(b"".join(lines))
     with open_trial(path, CONFIG) as folder, pytest.raises(ResultsError, match=r"metrics\.jsonl, line 3"):
-        folder.rewind(9)
+        folder.rewind(9, 9)
 
 
 def test_a_failed_trial_may_run_again(path):
@@ -387,7 +397,7 @@ for i in range(10**9):
             assert len(data) == 300_000 and len(set(data)) == 1
         with open_trial(path, CONFIG) as folder:  # nothing in the way of the next attempt
             assert folder.left_over
-            folder.rewind(10**9)
+            folder.rewind(10**9, 10**9)
 
 
 # --- Disks that fail

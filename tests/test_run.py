@@ -16,7 +16,7 @@ import delora
 from delora import results
 from delora.data import load
 from delora.data.batches import Tokens
-from delora.run import run
+from delora.sweep import run
 from delora.tasks import TASKS
 from delora.train import predict
 

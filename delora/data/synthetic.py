@@ -1,12 +1,12 @@
 """English-looking sentences in GLUE's schema for all nine tasks, from a seeded generator: no network, no files.
 
-A sentence states a fact: who did what to whom, where and when. A label depends on whether two sentences state the
-same fact, so an encoder has to compare their words; cola and sst2 look at one sentence.
+A sentence states a fact: who gave what to whom, where and when. A label depends on whether two sentences state the
+same fact, so an encoder has to compare their words and who does what; cola and sst2 look at one sentence.
 """
 
 import hashlib
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -14,23 +14,30 @@ import numpy as np
 from delora.data import Rows
 from delora.tasks import Task
 
+Row = tuple[tuple[str, ...], float]
+
 PEOPLE = "teacher doctor lawyer farmer pilot singer painter sailor baker soldier student judge nurse miner tailor clerk"
-THINGS = "car letter house boat piano camera ticket lamp table coat clock bicycle guitar basket mirror carpet"
-PLACES = "harbour market station library garden museum village airport church factory stadium castle"
+THINGS = "camera lamp clock bicycle guitar basket mirror chair watch radio violin kettle vase suitcase umbrella statue"
+PLACES = "harbour market station library museum theatre airport church factory stadium castle hotel"
 DAYS = "Monday Tuesday Wednesday Thursday Friday Saturday Sunday"
-VERBS = {  # each with a verb that says the same
-    "bought": "purchased",
-    "sold": "traded away",
-    "repaired": "fixed",
-    "hid": "concealed",
-    "found": "discovered",
-    "stole": "robbed",
-    "painted": "coloured",
-    "lost": "mislaid",
+VERBS = {  # each with a verb that says the same, and the preposition of both
+    "gave": ("handed", "to"),
+    "lent": ("loaned", "to"),
+    "sent": ("shipped", "to"),
+    "showed": ("presented", "to"),
+    "bought": ("purchased", "for"),
+    "repaired": ("fixed", "for"),
+    "chose": ("selected", "for"),
+    "found": ("located", "for"),
+    "hid": ("concealed", "from"),
+    "took": ("seized", "from"),
 }
-GOOD = ["wonderful", "brilliant", "moving", "charming", "delightful", "clever", "warm", "gripping"]
-BAD = ["dreadful", "tedious", "clumsy", "shallow", "boring", "hollow", "tiresome", "bland"]
-SUBJECTS = ["film", "story", "acting", "script", "ending", "plot", "dialogue", "music"]
+GIVER, TAKER = ("who", "wanted to help"), ("whom", "had asked for it")  # reasons, and whose they are
+
+GOOD = "wonderful brilliant moving charming delightful clever warm gripping inventive honest graceful witty"
+BAD = "dreadful tedious clumsy shallow boring hollow tiresome bland careless muddled lifeless predictable"
+WORKS = "film comedy drama thriller sequel documentary romance western"
+PARTS = "story acting script ending plot dialogue music camerawork"
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,7 @@ class Fact:
     who: str
     verb: str
     what: str
+    whom: str
     where: str
     day: str
 
@@ -46,6 +54,7 @@ SLOTS = {
     "who": PEOPLE.split(),
     "verb": list(VERBS),
     "what": THINGS.split(),
+    "whom": PEOPLE.split(),
     "where": PLACES.split(),
     "day": DAYS.split(),
 }
@@ -64,99 +73,137 @@ def generate(task: Task, rows: Mapping[str, int], seed: int = 0) -> dict[str, Ro
     return splits
 
 
+# --- Facts
+
+
 def _fact(draw: random.Random) -> Fact:
-    return Fact(**{slot: draw.choice(words) for slot, words in SLOTS.items()})
+    who, whom = draw.sample(SLOTS["who"], 2)
+    rest = {slot: draw.choice(SLOTS[slot]) for slot in ("verb", "what", "where", "day")}
+    return Fact(who=who, whom=whom, **rest)
 
 
 def _change(draw: random.Random, fact: Fact, *slots: str) -> Fact:
     """The fact with another word in each of the slots."""
-    other = {s: draw.choice([w for w in SLOTS[s] if w != getattr(fact, s)]) for s in slots}
-    return replace(fact, **other)
+    for slot in slots:
+        taken = {fact.who, fact.whom} if slot in ("who", "whom") else {getattr(fact, slot)}
+        fact = replace(fact, **{slot: draw.choice([word for word in SLOTS[slot] if word not in taken])})
+    return fact
 
 
-def _say(draw: random.Random, fact: Fact, rephrase: bool = False) -> str:
-    """One of several sentences that state the fact; rephrased, with another verb."""
-    verb = VERBS[fact.verb] if rephrase else fact.verb
-    core = f"the {fact.who} {verb} the {fact.what}"
-    place, day = f"at the {fact.where}", f"on {fact.day}"
-    forms = (f"{core} {place} {day}", f"{day} {core} {place}", f"{place} {core} {day}")
-    sentence = draw.choice(forms)
-    return f"{sentence[0].upper()}{sentence[1:]} ."
+def _another(draw: random.Random, fact: Fact) -> Fact:
+    """A fact of which a frozen encoder tells little: another person or thing, or the two persons trading places."""
+    kind = draw.choice(("who", "whom", "what", "swap"))
+    return replace(fact, who=fact.whom, whom=fact.who) if kind == "swap" else _change(draw, fact, kind)
 
 
-def _paraphrase(draw: random.Random) -> tuple[tuple[str, ...], int]:
-    same = draw.random() < 0.6
-    fact = _fact(draw)
-    other = fact if same else _change(draw, fact, draw.choice(("who", "what")))
-    return (_say(draw, fact), _say(draw, other, rephrase=True)), int(same)
+def _core(draw: random.Random, fact: Fact, rephrase: bool = False) -> str:
+    """The clause without place and day; rephrased, with another verb and now and then in the passive."""
+    verb, to = VERBS[fact.verb]
+    if rephrase and draw.random() < 0.2:
+        return f"the {fact.what} was {verb} {to} the {fact.whom} by the {fact.who}"
+    return f"the {fact.who} {verb if rephrase else fact.verb} the {fact.what} {to} the {fact.whom}"
 
 
-def _question_pair(draw: random.Random) -> tuple[tuple[str, ...], int]:
-    (first, second), same = _paraphrase(draw)
-    return (f"Is it true that {_lower(first)}", f"Did they say that {_lower(second)}"), same
+def _clause(draw: random.Random, fact: Fact, rephrase: bool = False) -> str:
+    """One of several clauses that state the fact."""
+    core, place, day = _core(draw, fact, rephrase), f"at the {fact.where}", f"on {fact.day}"
+    return draw.choice((f"{core} {place} {day}", f"{day} {core} {place}", f"{place} {core} {day}"))
 
 
-def _lower(sentence: str) -> str:
-    return f"{sentence[0].lower() if not sentence.startswith('On') else 'o'}{sentence[1:-2]} ?"
+def _sentence(clause: str) -> str:
+    return f"{clause[0].upper()}{clause[1:]} ."
 
 
-def _entailment(labels: tuple[int, ...]):
-    """Premise and hypothesis, with the labels of: follows, (may be,) contradicts."""
-
-    def write(draw: random.Random) -> tuple[tuple[str, ...], int]:
-        fact, kind = _fact(draw), draw.randrange(len(labels))
-        told = fact if kind < len(labels) - 1 else _change(draw, fact, draw.choice(("who", "what")))
-        more = " for a friend" if len(labels) == 3 and kind == 1 else ""
-        hypothesis = f"The {told.who} {VERBS[told.verb]} the {told.what}{more} ."
-        return (_say(draw, fact), hypothesis), labels[kind]
-
-    return write
+# --- Tasks
 
 
-def _answer(draw: random.Random) -> tuple[tuple[str, ...], int]:
+def _paraphrase(draw: random.Random) -> Row:
+    fact, same = _fact(draw), draw.random() < 0.5
+    other = fact if same else _another(draw, fact)
+    return (_sentence(_clause(draw, fact)), _sentence(_clause(draw, other, rephrase=True))), same
+
+
+def _question_pair(draw: random.Random) -> Row:
+    fact, same = _fact(draw), draw.random() < 0.4
+    other = fact if same else _another(draw, fact)
+    first, second = _clause(draw, fact), _clause(draw, other, rephrase=True)
+    return (f"Is it true that {first} ?", f"Do you know whether {second} ?"), same
+
+
+def _answer(draw: random.Random) -> Row:
     """Question and sentence: 0 where the sentence answers it."""
     fact, answers = _fact(draw), draw.random() < 0.5
-    other = fact if answers else _change(draw, fact, draw.choice(("who", "what")))
-    question = f"Where was the {fact.who} who {VERBS[fact.verb]} the {fact.what} ?"
-    return (question, _say(draw, other)), int(not answers)
+    question = f"Where was it that {_core(draw, fact, rephrase=True)} ?"
+    return (question, _sentence(_clause(draw, fact if answers else _another(draw, fact)))), not answers
 
 
-def _similarity(draw: random.Random) -> tuple[tuple[str, ...], float]:
+def _entailment(draw: random.Random) -> Row:
+    fact, follows = _fact(draw), draw.random() < 0.5
+    told = fact if follows else _another(draw, fact)
+    return (_sentence(_clause(draw, fact)), _sentence(_core(draw, told, rephrase=True))), not follows
+
+
+def _inference(draw: random.Random) -> Row:
+    """0 where the second sentence follows, 1 where the first says nothing of its place or day, 2 where it is wrong."""
+    fact, label = _fact(draw), draw.randrange(3)
+    told = _another(draw, fact) if label == 2 else fact
+    stated, other = draw.sample((f"at the {fact.where}", f"on {fact.day}"), 2)
+    premise, hypothesis = _core(draw, fact), _core(draw, told, rephrase=True)
+    return (_sentence(f"{premise} {stated}"), _sentence(f"{hypothesis} {other if label == 1 else stated}")), label
+
+
+def _pronoun(draw: random.Random) -> Row:
+    """1 where the second sentence puts the right person in the place of the pronoun."""
     fact = _fact(draw)
-    slots = draw.sample(sorted(SLOTS), draw.randint(0, len(SLOTS)))
+    while VERBS[fact.verb][1] == "from":
+        fact = _change(draw, fact, "verb")
+    (owner, reason), right = draw.choice((GIVER, TAKER)), draw.random() < 0.5
+    named = getattr(fact, owner if right else {"who": "whom", "whom": "who"}[owner])
+    premise = f"{_clause(draw, fact)} because {draw.choice(('he', 'she'))} {reason}"
+    return (_sentence(premise), _sentence(f"the {named} {reason}")), right
+
+
+def _similarity(draw: random.Random) -> Row:
+    fact = _fact(draw)
+    slots = draw.sample(list(SLOTS), draw.randint(0, len(SLOTS)))
     score = 5.0 * (1 - len(slots) / len(SLOTS)) + draw.uniform(-0.25, 0.25)
-    return (_say(draw, fact), _say(draw, _change(draw, fact, *slots), rephrase=True)), min(5.0, max(0.0, score))
+    other = _change(draw, fact, *slots)
+    texts = _sentence(_clause(draw, fact)), _sentence(_clause(draw, other, rephrase=True))
+    return texts, min(5.0, max(0.0, round(score, 2)))
 
 
-def _sentiment(draw: random.Random) -> tuple[tuple[str, ...], int]:
+def _sentiment(draw: random.Random) -> Row:
+    """Two verdicts that agree; "never" turns a word round."""
     good = draw.random() < 0.55
-    words = GOOD if good else BAD
-    denied = draw.random() < 0.3
-    if denied:
-        words = BAD if good else GOOD
-    middle = "is never" if denied else draw.choice(("is", "remains", "feels"))
-    subject, other = draw.sample(SUBJECTS, 2)
-    text = f"the {subject} of this {other} {middle} {draw.choice(words)} and {draw.choice(words)} "
-    return (text,), int(good)
+    fitting, opposite = (GOOD, BAD) if good else (BAD, GOOD)
+
+    def verdict() -> str:
+        if draw.random() < 0.3:
+            return f"is never {' or '.join(draw.sample(opposite.split(), 2))}"
+        return f"{draw.choice(('is', 'remains', 'feels'))} {' and '.join(draw.sample(fitting.split(), 2))}"
+
+    (first, second), work = draw.sample(PARTS.split(), 2), draw.choice(WORKS.split())
+    return (f"the {first} in this {work} {verdict()} , and its {second} {verdict()} ",), good
 
 
-def _acceptability(draw: random.Random) -> tuple[tuple[str, ...], int]:
+def _acceptability(draw: random.Random) -> Row:
+    """A sentence, or one with two neighbouring words in the wrong order."""
     good = draw.random() < 0.7
-    words = _say(draw, _fact(draw)).split()
+    words = _sentence(_clause(draw, _fact(draw), rephrase=draw.random() < 0.5)).split()
     if not good:
         at = draw.randrange(1, len(words) - 2)
         words[at], words[at + 1] = words[at + 1], words[at]
-    return (" ".join(words),), int(good)
+    return (" ".join(words),), good
 
 
-WRITERS = {
+WRITERS: dict[str, Callable[[random.Random], Row]] = {
     "cola": _acceptability,
     "sst2": _sentiment,
     "mrpc": _paraphrase,
     "stsb": _similarity,
     "qqp": _question_pair,
-    "mnli": _entailment((0, 1, 2)),
+    "mnli": _inference,
     "qnli": _answer,
-    "rte": _entailment((0, 1)),
-    "wnli": _entailment((1, 0)),
+    "rte": _entailment,
+    "wnli": _pronoun,
 }

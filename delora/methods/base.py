@@ -13,12 +13,12 @@ from torch import Tensor, nn
 
 from delora.randomness import Draw
 
-# Options of a method that may differ between the trials of one fleet; a method receives them as (K,) tensors.
-PER_TRIAL = ("alpha", "lambda_init", "lambda_lr")
-
 
 class Method(nn.Module):
-    """One adapted linear layer of K trials. Subclasses take (weight_OI, draw, **options of their yaml)."""
+    """One adapted linear layer of K trials. Subclasses take (weight_OI, draw, **options of their yaml).
+
+    Options that may differ between the trials (`delora.config.PER_TRIAL`) come as (K,) tensors.
+    """
 
     def forward(self, x_KNI: Tensor, dropped_KNI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         """The adapted layer's output (K, N, O).

@@ -1,5 +1,7 @@
 """The numbers under the curves. Scores are fractions; a point is 0.01.
 
+Shapes: F learning rates, S seeds, B draws of seeds, P points of a grid.
+
 Intervals resample the seeds: all rates of a seed share its split, data order and initial values, so whole seeds are
 drawn with replacement, the same draws for every method, and each number is computed anew from every draw. They are
 95 % percentile intervals, and with five seeds they are on the narrow side.
@@ -15,15 +17,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
+import yaml  # type: ignore[import-untyped]
 
-from delora.report.trials import Trial
+from delora.report.trials import Trial, label_order
 from delora.tasks import TASKS
 
 DRAWS = 2000
 LEVEL = 0.95
 TOLERANCE = 0.01  # a rate is tolerated if it scores within one point of the best
-HEAD_ONLY = ("none", "head")  # names of methods that train the head alone
+Span = tuple[float, float]  # the lowest and the highest factor of a range
 
 
 @dataclass(frozen=True)
@@ -36,15 +38,18 @@ class Estimate:
     at_least: bool = False
 
 
+# --- Trials as curves
+
+
 @dataclass
 class Curve:
-    """One method in one panel: F rates by S seeds, NaN where a trial is missing.
+    """One method in one panel. NaN is a missing trial; a trial without a score (see `Trial.score`) counts as the floor.
 
     Attributes:
         factors_F, rates_F: ascending.
-        score_FS, validation_FS: fractions; a trial without a score (see `Trial.score`) counts as the floor.
-        scoreless_FS: which trials those are.
-        trials: the trials, by (factor index, seed index).
+        seeds: ascending.
+        scoreless_FS: which trials have no score.
+        trials: by (index of the factor, index of the seed).
     """
 
     label: str
@@ -56,19 +61,10 @@ class Curve:
     scoreless_FS: np.ndarray
     trials: dict[tuple[int, int], Trial]
 
-    @property
-    def n_F(self) -> np.ndarray:
-        """The number of trials at each rate."""
-        return (~np.isnan(self.score_FS)).sum(1)
-
-    @functools.cached_property
-    def draws_BS(self) -> np.ndarray:
-        return draws(len(self.seeds))
-
     @functools.cached_property
     def best(self) -> int:
         """The index of the best rate: see `best_rates`."""
-        return int(best_rates(self, means(self.validation_FS, np.ones((1, len(self.seeds)))))[0])
+        return int(best_rates(self, draws(len(self.seeds))[:1])[0])
 
     @property
     def best_scores_S(self) -> np.ndarray:
@@ -78,7 +74,14 @@ class Curve:
     def best_is_on_edge(self) -> bool:
         return len(self.factors_F) > 1 and self.best in (0, len(self.factors_F) - 1)
 
+    @property
+    def fullest_F(self) -> np.ndarray:
+        """Which rates have as many trials as any."""
+        n_F = (~np.isnan(self.score_FS)).sum(1)
+        return n_F == n_F.max()
+
     def trials_at(self, factor: int) -> list[Trial]:
+        """The trials at the rate of this index, by seed."""
         return [trial for (f, _), trial in sorted(self.trials.items()) if f == factor]
 
 
@@ -89,7 +92,7 @@ class Panel:
     Attributes:
         floor: the score of guessing; it stands in for a trial without a score.
         head_only: the best mean score of training the head alone on the frozen encoder, if such trials are there.
-        common: the range of factors that every curve covers, None if there is none.
+        span: the range of factors for worst drop and sensitivity; None if no range is covered by every curve.
     """
 
     task: str
@@ -99,7 +102,7 @@ class Panel:
     floor: float
     curves: list[Curve]
     head_only: float | None
-    common: tuple[float, float] | None
+    span: Span | None
 
     @property
     def split(self) -> str:
@@ -119,9 +122,9 @@ def published() -> dict[str, Any]:
 def guessing(task: str, data: str) -> float:
     """What always guessing the same scores: the floor of every curve.
 
-    It stands for the untrained model. An untrained head's accuracy is that of whatever class it happens to prefer, so
-    it differs from seed to seed; guessing the most frequent class is the best that no training can do. Correlations
-    and Matthews have 0. The classes of synthetic data are taken as equally frequent.
+    It stands for the untrained model, whose accuracy is that of whatever class its head happens to prefer; guessing the
+    most frequent class is the best that no training can do. Correlations and Matthews have 0. The classes of synthetic
+    data are taken as equally frequent.
     """
     facts = TASKS[task]
     if facts.headline != "accuracy":
@@ -132,72 +135,54 @@ def guessing(task: str, data: str) -> float:
     return rows / all_rows
 
 
-def panels(trials: Iterable[Trial], span: tuple[float, float] | None = None) -> list[Panel]:
-    """Groups trials into panels, in GLUE's order of the paper's table, then by encoder.
-
-    Args:
-        span: the range of factors for worst drop and sensitivity, instead of the one that all curves cover.
-    """
-    by_place: dict[tuple, dict[str, list[Trial]]] = defaultdict(lambda: defaultdict(list))
-    for trial in trials:
-        by_place[trial.place][trial.label].append(trial)
-    made = []
-    for place in sorted(by_place, key=lambda p: (task_order(p[0]), *p)):
-        floor = guessing(place[0], place[3])
-        by_label = by_place[place]
-        curves = {label: curve(label, by_label[label], floor) for label in sorted(by_label, key=label_order)}
-        heads = [c for c in curves.values() if c.trials_at(c.best)[0].config["method"]["name"] in HEAD_ONLY]
-        others = [c for c in curves.values() if c not in heads]
-        made.append(
-            Panel(
-                *place,
-                floor=floor,
-                curves=others or heads,
-                head_only=float(np.nanmean(heads[0].best_scores_S)) if heads and others else None,
-                common=span or common_range(others),
-            )
-        )
-    return made
-
-
 def task_order(task: str) -> int:
+    """Sorts tasks as the columns of the paper's table."""
     order = list(published()["rows"][0]["scores"])
     return order.index(task) if task in order else len(order)
 
 
-def label_order(label: str) -> tuple[int, str]:
-    """LoRA, DoRA, DeLoRA, ETHER, ETHER+, each followed by its variants, then the rest by name."""
-    from delora.report.trials import NAMES
+def panels(trials: Iterable[Trial], span: Span | None = None) -> list[Panel]:
+    """Groups trials into panels, in the order of the paper's table, then by encoder.
 
-    names = list(NAMES.values())
-    base = label.split(" (")[0]
-    return (names.index(base) if base in names else len(names), label)
+    Args:
+        span: the range of factors for worst drop and sensitivity, instead of the widest that all curves cover.
+    """
+    by_place: dict[tuple[str, str, str, str], dict[str, list[Trial]]] = defaultdict(lambda: defaultdict(list))
+    for trial in trials:
+        by_place[trial.place][trial.label].append(trial)
+    made = []
+    for place, by_label in sorted(by_place.items(), key=lambda item: (task_order(item[0][0]), *item[0])):
+        floor = guessing(place[0], place[3])
+        curves = [curve(label, by_label[label], floor) for label in sorted(by_label, key=label_order)]
+        heads = [c for c in curves if c.trials_at(0)[0].result["parameters"]["adapter"] == 0]
+        adapted = [c for c in curves if c not in heads]
+        head_only = float(np.nanmean(heads[0].best_scores_S)) if heads and adapted else None
+        shown = adapted or heads
+        made.append(Panel(*place, floor, shown, head_only, span or common_span(shown)))
+    return made
 
 
 def curve(label: str, trials: Sequence[Trial], floor: float) -> Curve:
     """The scores of one method's trials as arrays."""
-    factors = sorted({t.factor for t in trials})
-    seeds = sorted({t.seed for t in trials})
-    rates = {t.factor: t.rate for t in trials}
+    rates = dict(sorted({t.factor: t.rate for t in trials}.items()))
+    factors, seeds = list(rates), sorted({t.seed for t in trials})
+    score_FS = np.full((len(factors), len(seeds)), np.nan)
+    validation_FS, scoreless_FS = score_FS.copy(), np.zeros(score_FS.shape, bool)
     places = {(factors.index(t.factor), seeds.index(t.seed)): t for t in trials}
-    shape = (len(factors), len(seeds))
-    score, validation = np.full(shape, np.nan), np.full(shape, np.nan)
-    scoreless = np.zeros(shape, bool)
     for place, trial in places.items():
-        scoreless[place] = math.isnan(trial.score)
-        score[place] = floor if scoreless[place] else trial.score
-        validation[place] = floor if math.isnan(trial.validation) else trial.validation
-    rates_F = np.array([rates[f] for f in factors])
-    return Curve(label, np.array(factors), rates_F, seeds, score, validation, scoreless, places)
+        scoreless_FS[place] = math.isnan(trial.score)
+        score_FS[place] = floor if math.isnan(trial.score) else trial.score
+        validation_FS[place] = floor if math.isnan(trial.validation) else trial.validation
+    rates_F = np.array(list(rates.values()))
+    return Curve(label, np.array(factors), rates_F, seeds, score_FS, validation_FS, scoreless_FS, places)
 
 
-def common_range(curves: Sequence[Curve]) -> tuple[float, float] | None:
+def common_span(curves: Sequence[Curve]) -> Span | None:
     """The widest range of factors that every curve with several rates covers."""
     several = [c for c in curves if len(c.factors_F) > 1]
-    if not several:
-        return None
-    low, high = max(c.factors_F[0] for c in several), min(c.factors_F[-1] for c in several)
-    return (float(low), float(high)) if low < high else None
+    low = max((float(c.factors_F[0]) for c in several), default=0.0)
+    high = min((float(c.factors_F[-1]) for c in several), default=0.0)
+    return (low, high) if low < high else None
 
 
 # --- Resampling
@@ -205,9 +190,9 @@ def common_range(curves: Sequence[Curve]) -> tuple[float, float] | None:
 
 @functools.cache
 def draws(seeds: int) -> np.ndarray:
-    """How often each seed is drawn, (B, S). The same for every method with that many seeds."""
-    generator = np.random.default_rng(0)
-    return generator.multinomial(seeds, [1 / seeds] * seeds, size=DRAWS).astype(float)
+    """How often each seed is drawn, (1 + DRAWS, S): once each in the first row. The same for every method."""
+    drawn = np.random.default_rng(0).multinomial(seeds, [1 / seeds] * seeds, size=DRAWS)
+    return np.vstack([np.ones(seeds), drawn])
 
 
 def means(values_FS: np.ndarray, draws_BS: np.ndarray) -> np.ndarray:
@@ -217,117 +202,103 @@ def means(values_FS: np.ndarray, draws_BS: np.ndarray) -> np.ndarray:
         return (draws_BS @ np.where(there, values_FS, 0).T) / (draws_BS @ there.T.astype(float))
 
 
-def interval(values_B: np.ndarray) -> tuple[float, float]:
-    """The percentile interval of resampled values; NaN where nothing varies because there is one seed."""
-    values_B = values_B[~np.isnan(values_B)]
-    if not len(values_B):
-        return math.nan, math.nan
-    low, high = np.quantile(values_B, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return float(low), float(high)
+def estimate(values_B: np.ndarray, seeds: int, at_least: bool = False) -> Estimate:
+    """The first of the values with the interval of the others; without one where a single seed leaves no spread."""
+    resampled = values_B[1:][~np.isnan(values_B[1:])]
+    if seeds < 2 or math.isnan(values_B[0]) or not len(resampled):
+        return Estimate(float(values_B[0]), at_least=at_least)
+    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Estimate(float(values_B[0]), float(low), float(high), at_least)
 
 
-def band(values_FS: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Mean over the seeds at each rate, and the interval's ends, (F,) each; the ends are NaN with one seed."""
-    mean_F = means(values_FS, np.ones((1, values_FS.shape[1])))[0]
-    resampled_BF = means(values_FS, draws(values_FS.shape[1]))
-    ends = np.array([interval(column) for column in resampled_BF.T])
-    ends[(~np.isnan(values_FS)).sum(1) < 2] = np.nan
-    return mean_F, ends[:, 0], ends[:, 1]
-
-
-def _estimate(curve: Curve, number: Callable[[np.ndarray], np.ndarray]) -> Estimate:
-    """A number of the curve and its interval. `number` maps draws (B, S) to its values (B,)."""
-    value = float(number(np.ones((1, len(curve.seeds))))[0])
-    if len(curve.seeds) < 2 or math.isnan(value):
-        return Estimate(value)
-    return Estimate(value, *interval(number(curve.draws_BS)))
+def band(values_FS: np.ndarray) -> np.ndarray:
+    """Mean over the seeds at each rate and its interval's ends, (3, F)."""
+    means_BF = means(values_FS, draws(values_FS.shape[1]))
+    n_F = (~np.isnan(values_FS)).sum(1)
+    estimates = [estimate(column, n) for column, n in zip(means_BF.T, n_F, strict=True)]
+    return np.array([[e.value, e.low, e.high] for e in estimates]).T
 
 
 # --- Numbers of one curve
 
 
-def best_rates(curve: Curve, validation_BF: np.ndarray) -> np.ndarray:
+@dataclass(frozen=True)
+class Robustness:
+    """See `best_rates` for the best score, and the functions named like the others."""
+
+    best: Estimate
+    tolerated: Estimate
+    drop: Estimate
+    sensitivity: Estimate
+
+
+def robustness(curve: Curve, span: Span | None, floor: float) -> Robustness:
+    """The numbers of a curve; each draw of seeds chooses its best rate anew."""
+    seeds, x_F = len(curve.seeds), np.log10(curve.factors_F)
+    draws_BS = draws(seeds)
+    best_B = best_rates(curve, draws_BS)
+    score_BF, floored_BF = means(curve.score_FS, draws_BS), means(np.maximum(curve.score_FS, floor), draws_BS)
+    width_B, on_edge_B = tolerated_range(score_BF, x_F, best_B)
+    return Robustness(
+        best=estimate(_take(score_BF, best_B), seeds),
+        tolerated=estimate(width_B, seeds, at_least=bool(on_edge_B[0])),
+        drop=estimate(worst_drop(score_BF, x_F, best_B, span), seeds),
+        sensitivity=estimate(sensitivity(floored_BF, x_F, best_B, span), seeds),
+    )
+
+
+def best_rates(curve: Curve, draws_BS: np.ndarray) -> np.ndarray:
     """The index (B,) of the rate with the highest mean validation score; of equals the lowest rate.
 
     Test scores are never looked at. Rates with fewer trials than the fullest one cannot win: an unfinished sweep does
     not crown a rate for one lucky seed.
     """
-    full_F = curve.n_F == curve.n_F.max()
-    return np.where(full_F & ~np.isnan(validation_BF), validation_BF, -np.inf).argmax(1)
+    validation_BF = means(curve.validation_FS, draws_BS)
+    return np.where(curve.fullest_F & ~np.isnan(validation_BF), validation_BF, -np.inf).argmax(1)
 
 
-def best_score(curve: Curve) -> Estimate:
-    """The mean score at the best rate; each draw of seeds chooses its rate anew."""
+def tolerated_range(score_BF: np.ndarray, x_F: np.ndarray, best_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Decades of learning rate around the best rate in which the score stays within 1 point of that rate's.
 
-    def number(draws_BS: np.ndarray) -> np.ndarray:
-        best_B = best_rates(curve, means(curve.validation_FS, draws_BS))
-        return _take(means(curve.score_FS, draws_BS), best_B)
+    Between neighbouring rates the score is taken as linear in log rate.
 
-    return _estimate(curve, number)
+    Args:
+        x_F: log10 of the rates, or of their factors.
 
-
-def tolerated_range(curve: Curve) -> Estimate:
-    """Decades of learning rate around the best rate in which the mean score stays within 1 point of that rate's.
-
-    Between neighbouring rates the score is taken as linear in log rate. `at_least` where it still holds at an end of
-    the grid.
+    Returns:
+        Widths (B,), NaN for a single rate; and where the score still holds at an end of the grid, so that the range is
+        at least that wide.
     """
-    if len(curve.factors_F) < 2:
-        return Estimate(math.nan)
-
-    def ends(draws_BS: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        best_B = best_rates(curve, means(curve.validation_FS, draws_BS))
-        score_BF, x_F = means(curve.score_FS, draws_BS), np.log10(curve.rates_F)
-        least_B = _take(score_BF, best_B) - TOLERANCE
-        right_B = _reach(score_BF, x_F, best_B, least_B)
-        left_B = -_reach(score_BF[:, ::-1], -x_F[::-1], len(x_F) - 1 - best_B, least_B)
-        return left_B, right_B
-
-    left, right = ends(np.ones((1, len(curve.seeds))))
-    x_F = np.log10(curve.rates_F)
-    on_edge = bool(left[0] <= x_F[0] or right[0] >= x_F[-1])
-
-    def width(draws_BS: np.ndarray) -> np.ndarray:
-        left_B, right_B = ends(draws_BS)
-        return right_B - left_B
-
-    estimate = _estimate(curve, width)
-    return Estimate(estimate.value, estimate.low, estimate.high, at_least=on_edge)
+    if len(x_F) < 2:
+        return np.full(len(best_B), np.nan), np.zeros(len(best_B), bool)
+    right_B = _reach(score_BF, x_F, best_B)
+    left_B = _reach(score_BF[:, ::-1], -x_F[::-1], len(x_F) - 1 - best_B)
+    at_end_B = np.isclose(x_F[best_B] + right_B, x_F[-1]) | np.isclose(x_F[best_B] - left_B, x_F[0])
+    return left_B + right_B, at_end_B
 
 
-def _reach(score_BF: np.ndarray, x_F: np.ndarray, start_B: np.ndarray, least_B: np.ndarray) -> np.ndarray:
-    """How far right of `start_B` the score stays at least `least_B`, as x (B,)."""
-    reach_B = x_F[start_B].astype(float)
-    going_B = np.ones(len(start_B), bool)
-    for _ in range(len(x_F) - 1):
-        here_B = start_B
-        start_B = np.minimum(start_B + 1, len(x_F) - 1)
-        going_B = going_B & (start_B > here_B)
-        before_B, after_B = _take(score_BF, here_B), _take(score_BF, start_B)
-        holds_B = going_B & (after_B >= least_B)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            part_B = np.clip((before_B - least_B) / (before_B - after_B), 0, 1)
-        crossing_B = x_F[here_B] + np.nan_to_num(part_B) * (x_F[start_B] - x_F[here_B])
-        reach_B = np.where(holds_B, x_F[start_B], np.where(going_B, crossing_B, reach_B))
-        going_B = holds_B
-    return reach_B
+def _reach(score_BF: np.ndarray, x_F: np.ndarray, best_B: np.ndarray) -> np.ndarray:
+    """How far to the right of the best rate the score is tolerated, (B,)."""
+    above_BF = score_BF - (_take(score_BF, best_B) - TOLERANCE)[:, None]
+    here, there = above_BF[:, :-1], above_BF[:, 1:]  # the ends of each segment between neighbouring rates
+    with np.errstate(invalid="ignore", divide="ignore"):
+        share = np.where(there >= 0, 1, np.nan_to_num(here / (here - there)))  # of the segment that is tolerated
+    right = np.arange(len(x_F) - 1) >= best_B[:, None]
+    unbroken = np.cumprod(~right | (there >= 0), 1)
+    reached = right & np.insert(unbroken[:, :-1], 0, 1, 1).astype(bool)
+    return (np.where(reached, share, 0) * np.diff(x_F)).sum(1)
 
 
-def worst_drop(curve: Curve, span: tuple[float, float] | None) -> Estimate:
-    """The best rate's mean score minus the lowest mean score within a range of factors."""
-    if (matrix_PF := _resampling(curve, span)) is None:
-        return Estimate(math.nan)
-    used_F = matrix_PF.any(0)
-
-    def number(draws_BS: np.ndarray) -> np.ndarray:
-        best_B = best_rates(curve, means(curve.validation_FS, draws_BS))
-        score_BF = means(curve.score_FS, draws_BS)
-        return _take(score_BF, best_B) - (score_BF[:, used_F] @ matrix_PF[:, used_F].T).min(1)
-
-    return _estimate(curve, number)
+def worst_drop(score_BF: np.ndarray, x_F: np.ndarray, best_B: np.ndarray, span: Span | None) -> np.ndarray:
+    """The best rate's score minus the lowest within a range of factors, (B,); NaN where the range is not covered."""
+    grid = _grid(x_F, span)
+    if grid is None:
+        return np.full(len(best_B), np.nan)
+    used_F = grid[1].any(0)
+    return _take(score_BF, best_B) - (score_BF[:, used_F] @ grid[1][:, used_F].T).min(1)
 
 
-def sensitivity(curve: Curve, span: tuple[float, float] | None, floor: float) -> Estimate:
+def sensitivity(floored_BF: np.ndarray, x_F: np.ndarray, best_B: np.ndarray, span: Span | None) -> np.ndarray:
     """Learning-rate sensitivity within a range of factors [a, b], after Wortsman et al. 2023 (arXiv 2309.14322, 2.2).
 
     They define E_{η∈[a,b]}[min(ℓ(η), ℓ₀) − ℓ*] with ℓ the final validation loss, ℓ₀ the loss at initialisation and ℓ*
@@ -339,48 +310,33 @@ def sensitivity(curve: Curve, span: tuple[float, float] | None, floor: float) ->
     the seeds; s₀, the floor, is what guessing scores (see `guessing`); s* is the mean of max(s, s₀) at the rate chosen
     on validation, also where it lies outside [a, b]. Between neighbouring rates the score is taken as linear in log
     rate. 0 is a flat curve.
+
+    Args:
+        floored_BF: means of max(s, s₀).
+        x_F: log10 of the factors.
+
+    Returns:
+        Values (B,), NaN where the range is not covered.
     """
-    if (weight_F := _weights(curve, span)) is None:
-        return Estimate(math.nan)
-    floored_FS, used_F = np.maximum(curve.score_FS, floor), weight_F != 0
-
-    def number(draws_BS: np.ndarray) -> np.ndarray:
-        best_B = best_rates(curve, means(curve.validation_FS, draws_BS))
-        score_BF = means(floored_FS, draws_BS)
-        return _take(score_BF, best_B) - score_BF[:, used_F] @ weight_F[used_F]
-
-    return _estimate(curve, number)
-
-
-def sensitivity_by_seed(curve: Curve, span: tuple[float, float] | None, floor: float) -> np.ndarray:
-    """Each seed's own share of `sensitivity`, (S,): their mean is the method's, where no trial is missing."""
-    if (weight_F := _weights(curve, span)) is None:
-        return np.full(len(curve.seeds), np.nan)
-    floored_FS, used_F = np.maximum(curve.score_FS, floor), weight_F != 0
-    return floored_FS[curve.best] - weight_F[used_F] @ floored_FS[used_F]
-
-
-def _grid(curve: Curve, span: tuple[float, float]) -> np.ndarray:
-    """The log of the range's ends and of the rates between them, (P,)."""
-    inside_F = (curve.factors_F > span[0]) & (curve.factors_F < span[1])
-    return np.log([span[0], *curve.factors_F[inside_F], span[1]])
-
-
-def _resampling(curve: Curve, span: tuple[float, float] | None) -> np.ndarray | None:
-    """The matrix (P, F) from the curve's rates to the range's: its ends and the rates between; None if not covered."""
-    if span is None or len(curve.factors_F) < 2 or curve.factors_F[0] > span[0] or curve.factors_F[-1] < span[1]:
-        return None
-    x_F, x_P = np.log(curve.factors_F), _grid(curve, span)
-    return np.array([np.interp(x_P, x_F, unit_F) for unit_F in np.eye(len(x_F))]).T
-
-
-def _weights(curve: Curve, span: tuple[float, float] | None) -> np.ndarray | None:
-    """The weight (F,) of each rate in the mean over the range, by the trapezoidal rule over log rate; they sum to 1."""
-    if span is None or (matrix_PF := _resampling(curve, span)) is None:
-        return None
-    x_P = _grid(curve, span)
+    grid = _grid(x_F, span)
+    if grid is None:
+        return np.full(len(best_B), np.nan)
+    x_P, matrix_PF = grid
     half = np.diff(x_P) / 2 / (x_P[-1] - x_P[0])
-    return (np.append(half, 0) + np.insert(half, 0, 0)) @ matrix_PF
+    weight_F = (np.append(half, 0) + np.insert(half, 0, 0)) @ matrix_PF  # the trapezoidal rule
+    used_F = weight_F != 0
+    return _take(floored_BF, best_B) - floored_BF[:, used_F] @ weight_F[used_F]
+
+
+def _grid(x_F: np.ndarray, span: Span | None) -> tuple[np.ndarray, np.ndarray] | None:
+    """The range's ends and the rates between, (P,), and the matrix (P, F) that interpolates to them from x_F."""
+    if span is None or len(x_F) < 2:
+        return None
+    low, high = np.log10(span)
+    if x_F[0] > low + 1e-9 or x_F[-1] < high - 1e-9:
+        return None
+    x_P = np.array([low, *x_F[(x_F > low + 1e-9) & (x_F < high - 1e-9)], high])
+    return x_P, np.array([np.interp(x_P, x_F, unit_F) for unit_F in np.eye(len(x_F))]).T
 
 
 def _take(values_BF: np.ndarray, index_B: np.ndarray) -> np.ndarray:
@@ -399,23 +355,34 @@ def std(values: np.ndarray) -> float:
     return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
 
 
-def iqm(values_BN: np.ndarray) -> np.ndarray:
+def median(values: np.ndarray) -> np.ndarray:
+    """Over the last axis."""
+    return np.median(values, -1)
+
+
+def iqm(values: np.ndarray) -> np.ndarray:
     """The interquartile mean over the last axis: a quarter of the values, rounded down, is cut from each end."""
-    cut = values_BN.shape[-1] // 4
-    ordered = np.sort(values_BN, -1)
-    return ordered[..., cut : ordered.shape[-1] - cut].mean(-1)
+    import scipy.stats
+
+    return scipy.stats.trim_mean(values, 0.25, axis=-1)
 
 
-def resampled(values: Sequence[np.ndarray], number: Callable[[np.ndarray], np.ndarray]) -> Estimate:
-    """`number` of the values of several tasks together, each task's (n,) resampled within itself."""
-    if not sum(map(len, values)):
-        return Estimate(math.nan)
-    together = np.concatenate(values)
-    if min(len(v) for v in values) < 2:
-        return Estimate(float(number(together[None])[0]))
-    generator = np.random.default_rng(0)
-    drawn = [v[generator.integers(len(v), size=(DRAWS, len(v)))] for v in values]
-    return Estimate(float(number(together[None])[0]), *interval(number(np.concatenate(drawn, 1))))
+def pooled(samples: Sequence[np.ndarray], statistic: Callable[[np.ndarray], np.ndarray]) -> Estimate:
+    """A statistic of the values of several tasks together, each task's (n,) resampled within itself."""
+    import scipy.stats
+
+    value = float(statistic(np.concatenate(samples)))
+    if min(map(len, samples)) < 2:
+        return Estimate(value)
+    interval = scipy.stats.bootstrap(
+        samples,
+        lambda *drawn, axis: statistic(np.concatenate(drawn, axis)),
+        n_resamples=DRAWS,
+        confidence_level=LEVEL,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    ).confidence_interval
+    return Estimate(value, float(interval.low), float(interval.high))
 
 
 @dataclass(frozen=True)
@@ -438,20 +405,28 @@ class Comparison:
 
 
 def compare(panel: Panel) -> list[Comparison]:
-    """Every pair of methods, in the score at each one's best rate and in sensitivity; Student's paired t interval."""
+    """Every pair of methods, in the score at each one's best rate and in sensitivity, seed by seed."""
     made = []
     for first, second in itertools.combinations(panel.curves, 2):
-        pairs = {"score at the best rate": (first.best_scores_S, second.best_scores_S)}
-        if panel.common is not None:
-            spread = [sensitivity_by_seed(c, panel.common, panel.floor) for c in (first, second)]
-            pairs["sensitivity"] = (spread[0], spread[1])
-        for what, (a_S, b_S) in pairs.items():
-            a = dict(zip(first.seeds, a_S, strict=True))
-            b = dict(zip(second.seeds, b_S, strict=True))
-            seeds = [s for s in first.seeds if s in b and not math.isnan(a[s]) and not math.isnan(b[s])]
-            difference, p = paired(np.array([a[s] for s in seeds]), np.array([b[s] for s in seeds]))
-            made.append(Comparison(what, first.label, second.label, difference, p, len(seeds)))
+        seeds = sorted({*first.seeds} & {*second.seeds})
+        for what, numbers in (("score at the best rate", _best_by_seed), ("sensitivity", _sensitivity_by_seed)):
+            of_first, of_second = numbers(first, panel), numbers(second, panel)
+            pairs = np.array([(of_first[seed], of_second[seed]) for seed in seeds]).reshape(-1, 2)
+            pairs = pairs[~np.isnan(pairs).any(1)]
+            if len(pairs):
+                made.append(Comparison(what, first.label, second.label, *paired(*pairs.T), len(pairs)))
     return made
+
+
+def _best_by_seed(curve: Curve, panel: Panel) -> dict[int, float]:
+    return dict(zip(curve.seeds, curve.best_scores_S, strict=True))
+
+
+def _sensitivity_by_seed(curve: Curve, panel: Panel) -> dict[int, float]:
+    """Where no trial is missing, their mean is the method's."""
+    floored_SF = np.maximum(curve.score_FS, panel.floor).T
+    x_F, best_S = np.log10(curve.factors_F), np.full(len(floored_SF), curve.best)
+    return dict(zip(curve.seeds, sensitivity(floored_SF, x_F, best_S, panel.span), strict=True))
 
 
 def paired(a: np.ndarray, b: np.ndarray) -> tuple[Estimate, float]:
@@ -463,21 +438,23 @@ def paired(a: np.ndarray, b: np.ndarray) -> tuple[Estimate, float]:
     import scipy.stats
 
     difference = a - b
-    if len(difference) < 2 or np.ptp(difference) == 0:
-        return Estimate(float(difference.mean()) if len(difference) else math.nan), math.nan
+    if len(difference) < 2 or np.ptp(difference) < 1e-9:
+        return Estimate(float(difference.mean())), math.nan
     test = scipy.stats.ttest_rel(a, b)
-    low, high = test.confidence_interval(LEVEL)
-    return Estimate(float(difference.mean()), float(low), float(high)), float(test.pvalue)
+    interval = test.confidence_interval(LEVEL)
+    return Estimate(float(difference.mean()), float(interval.low), float(interval.high)), float(test.pvalue)
 
 
 def unpaired(ours: np.ndarray, mean: float, spread: float | None, n: int) -> Estimate:
-    """Our mean minus a published one, with Welch's interval where the published one has a std."""
+    """Our mean minus a published one, with Welch's interval where the published one has a std over n seeds."""
     import scipy.stats
 
     difference = float(ours.mean()) - mean
     if spread is None or len(ours) < 2:
         return Estimate(difference)
     a, b = std(ours) ** 2 / len(ours), spread**2 / n
+    if not a + b:
+        return Estimate(difference)
     freedom = (a + b) ** 2 / (a**2 / (len(ours) - 1) + b**2 / (n - 1))
     half = float(scipy.stats.t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(a + b)
     return Estimate(difference, difference - half, difference + half)

@@ -4,6 +4,7 @@ import csv
 import io
 import math
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from delora.config import show
 from delora.report import statistics
 from delora.report.statistics import Curve, Estimate, Panel
-from delora.report.trials import Collection, Trial
+from delora.report.trials import Collection, Trial, label_order
 from delora.tasks import TASKS
 
 MISSING = "—"
@@ -33,12 +35,15 @@ class Cell:
     """What is printed, and the same as numbers: one CSV column for each entry, named by column and key."""
 
     text: str
-    values: Mapping[str, float | int | str] = field(default_factory=dict)
+    values: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def sort_key(self) -> float | str:
-        """The first number, else the text."""
-        return next((v for v in self.values.values() if not isinstance(v, str)), self.text)
+        """The number, else the text."""
+        return self.values.get("", self.text)
+
+
+EMPTY = Cell(MISSING)
 
 
 @dataclass
@@ -53,354 +58,316 @@ class Table:
     rules: list[int] = field(default_factory=list)
 
 
-# --- Score tables: the form of the paper's Table 4 and 8
-
-
-def score_tables(panels: Sequence[Panel]) -> list[Table]:
-    """A table for each encoder, protocol and kind of data, with the published rows where the encoder is theirs.
-
-    Otherwise the published rows follow in a table of their own that says so.
-    """
-    tables = []
-    for group in _groups(panels):
-        comparable = is_comparable(group)
-        rows, rules = _our_rows(group), []
-        if comparable:
-            rules.append(len(rows))
-            rows += _difference_rows(group)
-            rules.append(len(rows))
-            rows += _published_rows([p.task for p in group], " (published)")
-        title = f"GLUE, {group[0].model}" + (", synthetic data" if group[0].data == "synthetic" else "")
-        caption = _score_caption(group) + (f" {_versus_published(group)}" if comparable else "")
-        columns = ["method", "parameters", "n", *(task_name(p.task) for p in group), "average"]
-        tables.append(Table(_name("scores", group), title, caption, columns, rows, rules))
-    tasks = sorted({p.task for p in panels}, key=statistics.task_order)
-    tasks = [t for t in tasks if t in statistics.published()["rows"][0]["scores"]]
-    if tasks and not all(is_comparable(group) for group in _groups(panels)):
-        tables.append(_published_table(tasks, {p.model for p in panels}))
-    return tables
+def all_tables(panels: Sequence[Panel]) -> list[Table]:
+    """Every table of a report: scores and robustness of each group of panels, then details."""
+    made = [table(group) for table in (_scores, _robustness, _medians, _comparisons) for group in _groups(panels)]
+    others = [group for group in _groups(panels) if not is_comparable(group)]
+    tasks = [task for task in statistics.published()["rows"][0]["scores"] if task in {p.task for p in panels}]
+    if others and tasks:
+        made.insert(len(_groups(panels)), _published(tasks, sorted({group[0].model for group in others})))
+    return [table for table in made if table.rows]
 
 
 def _groups(panels: Sequence[Panel]) -> list[list[Panel]]:
-    """Panels by encoder, protocol and kind of data, each in the order of tasks."""
-    groups: dict[tuple, list[Panel]] = {}
+    """Panels that stand in one table: of one encoder, protocol and kind of data."""
+    groups = defaultdict(list)
     for panel in panels:
-        groups.setdefault((panel.model, panel.protocol, panel.data), []).append(panel)
+        groups[panel.model, panel.protocol, panel.data].append(panel)
     return list(groups.values())
 
 
-def _name(kind: str, group: Sequence[Panel]) -> str:
+def _table(kind: str, group: Sequence[Panel], title: str, caption: str, columns: list[str], **content: Any) -> Table:
     panel = group[0]
-    return re.sub(r"[^A-Za-z0-9.-]+", "-", f"{kind}-{panel.model}-{panel.protocol}-{panel.data}")
+    name = re.sub(r"[^A-Za-z0-9.-]+", "-", f"{kind}-{panel.model}-{panel.protocol}-{panel.data}")
+    where = f"{panel.model}, {panel.protocol} protocol" + (", synthetic data" if panel.data == "synthetic" else "")
+    return Table(name, f"{title}: {where}", caption, columns, **content)
 
 
 def task_name(task: str) -> str:
     return TASKS[task].folder
 
 
+def _labels(group: Iterable[Panel]) -> list[str]:
+    return sorted({curve.label for panel in group for curve in panel.curves}, key=label_order)
+
+
+def _curves(group: Iterable[Panel], label: str) -> dict[str, Curve]:
+    """The method's curve of each task that it has."""
+    return {panel.task: curve for panel in group for curve in panel.curves if curve.label == label}
+
+
+# --- Scores: the form of the paper's Table 4 and 8
+
+
 def is_comparable(group: Sequence[Panel]) -> bool:
     """Whether published rows may stand beside ours: real data, and the encoder is the published one."""
     encoder = statistics.published()["encoder"]
-    models = (trial.config["model"] for panel in group for trial in panel.trials)
-    same = all(encoder in (m["name"], Path(m.get("source") or "").name) for m in models)
-    return same and group[0].data != "synthetic"
+    sources = {trial.config["model"].get("source") for panel in group for trial in panel.trials}
+    return group[0].data != "synthetic" and all(Path(source or "").name == encoder for source in sources)
 
 
-def _our_rows(group: Sequence[Panel]) -> list[list[Cell]]:
-    rows = []
-    for label in _labels(group):
-        curves = {p.task: c for p in group for c in p.curves if c.label == label}
-        counts = {task: len(statistics.known(c.best_scores_S)) for task, c in curves.items()}
-        usual = max(counts.values())
-        cells = [_score_cell(curves[p.task], usual) if p.task in curves else Cell(MISSING) for p in group]
-        rows.append(
-            [
-                Cell(label),
-                _parameters(curves.values()),
-                Cell(str(usual), {"": usual}),
-                *cells,
-                _average(cells),
-            ]
-        )
-    return rows
+def _scores(group: Sequence[Panel]) -> Table:
+    """Ours; and where they may be compared, the differences from the published rows, and these."""
+    rows = [_our_row(group, label) for label in _labels(group)]
+    rules, caption, title = [], _score_caption(group), "Scores"
+    if is_comparable(group):
+        differences = [row for label in _labels(group) if (row := _difference_row(group, label))]
+        rules = [len(rows), len(rows) + len(differences)]
+        rows += differences + _published_rows([panel.task for panel in group], " (published)")
+        caption += f" {_versus_published(group)}"
+    columns = ["method", "parameters", "n", *(task_name(panel.task) for panel in group), "average"]
+    return _table("scores", group, title, caption, columns, rows=rows, rules=sorted({*rules} - {len(rows)}))
 
 
-def _labels(group: Iterable[Panel]) -> list[str]:
-    return sorted({c.label for p in group for c in p.curves}, key=statistics.label_order)
+def _our_row(group: Sequence[Panel], label: str) -> list[Cell]:
+    curves = _curves(group, label)
+    usual = max(len(statistics.known(curve.best_scores_S)) for curve in curves.values())
+    cells = [_score_cell(curves[panel.task], usual) if panel.task in curves else EMPTY for panel in group]
+    counts = sorted({t.result["parameters"]["adapter"] for c in curves.values() for t in c.trials.values()})
+    parameters = "–".join(map(millions, dict.fromkeys((counts[0], counts[-1]))))
+    return [Cell(label), Cell(parameters, {"": counts[0]}), Cell(str(usual), {"": usual}), *cells, _average(cells)]
 
 
 def _score_cell(curve: Curve, usual: int) -> Cell:
-    scores = statistics.known(curve.best_scores_S)
-    mean, spread, n = float(scores.mean()), statistics.std(scores), len(scores)
-    lost = int(curve.scoreless_FS[curve.best].sum())
-    text = f"{percent(mean)} ± {percent(spread, 2)}" if n > 1 else percent(mean)
+    scores, best = statistics.known(curve.best_scores_S), curve.best
+    n, mean, std = len(scores), 100 * float(scores.mean()), 100 * statistics.std(scores)
+    lost = int(curve.scoreless_FS[best].sum())
+    text = f"{mean:.1f} ± {std:.2f}" if n > 1 else f"{mean:.1f}"
     text += f" (n={n})" if n != usual else ""
-    text += f" ({lost} diverged)" if lost else ""
-    factor, rate = float(curve.factors_F[curve.best]), float(curve.rates_F[curve.best])
-    return Cell(text, {"": 100 * mean, "std": 100 * spread, "n": n, "diverged": lost, "factor": factor, "lr": rate})
+    text += f" ({lost} without a score)" if lost else ""
+    at = {"factor": float(curve.factors_F[best]), "lr": float(curve.rates_F[best])}
+    return Cell(text, {"": mean, "std": std, "n": n, "without a score": lost, **at})
 
 
-def _parameters(curves: Iterable[Curve]) -> Cell:
-    counts = sorted({t.result["parameters"]["adapter"] for c in curves for t in c.trials.values()})
-    text = millions(counts[0]) if len(counts) == 1 else f"{millions(counts[0])}–{millions(counts[-1])}"
-    return Cell(text, {"": counts[0]})
-
-
-def _average(cells: Sequence[Cell]) -> Cell:
+def _average(cells: Sequence[Cell], form: str = ".1f") -> Cell:
     """The mean of the tasks' means; none where a task is missing."""
-    if any(cell.text == MISSING for cell in cells):
-        return Cell(MISSING)
-    mean = float(np.mean([cell.sort_key for cell in cells]))
-    return Cell(f"{mean:.1f}", {"": mean})
+    if any(cell is EMPTY for cell in cells):
+        return EMPTY
+    mean = float(np.mean([cell.values[""] for cell in cells]))
+    return Cell(_signed(mean, form), {"": mean})
 
 
-def _difference_rows(group: Sequence[Panel]) -> list[list[Cell]]:
-    """Ours minus published, for the methods that have a published row."""
-    rows = []
-    seeds = len(statistics.published()["seeds"])
-    for label in _labels(group):
-        curves = {p.task: c for p in group for c in p.curves if c.label == label}
-        row = _published_row(next(iter(curves.values())))
-        if row is None:
-            continue
-        cells = []
-        for panel in group:
-            theirs = row["scores"].get(panel.task)
-            if panel.task not in curves or theirs is None:
-                cells.append(Cell(MISSING))
-                continue
-            mean, spread = theirs[0] / 100, theirs[1] / 100 if len(theirs) > 1 else None
-            ours = statistics.known(curves[panel.task].best_scores_S)
-            cells.append(estimate_cell(statistics.unpaired(ours, mean, spread, seeds), signed=True))
-        rows.append([Cell(f"{label} − published"), Cell(""), Cell(""), *cells, _signed(_average(cells))])
-    return rows
-
-
-def _published_row(curve: Curve) -> dict[str, Any] | None:
-    """The published row of a curve's method, if its options are the published ones."""
-    method = next(iter(curve.trials.values())).config["method"]
-    for row in statistics.published()["rows"]:
+def _difference_row(group: Sequence[Panel], label: str) -> list[Cell] | None:
+    """Ours minus published, if the method with these options has a published row."""
+    curves, facts = _curves(group, label), statistics.published()
+    method = next(iter(curves.values())).trials_at(0)[0].config["method"]
+    for row in facts["rows"]:
         if "match" in row and all(method.get(key) == value for key, value in row["match"].items()):
-            return row
-    return None
+            break
+    else:
+        return None
+    cells = []
+    for panel in group:
+        score = row["scores"].get(panel.task)
+        if panel.task not in curves or score is None:
+            cells.append(EMPTY)
+            continue
+        ours, spread = statistics.known(curves[panel.task].best_scores_S), score[1] / 100 if len(score) > 1 else None
+        cells.append(_cell(statistics.unpaired(ours, score[0] / 100, spread, len(facts["seeds"])), form="+.1f"))
+    return [Cell(f"{label} − published"), Cell(""), Cell(""), *cells, _average(cells, "+.1f")]
 
 
-def _signed(cell: Cell) -> Cell:
-    value = cell.values.get("")
-    return cell if value is None else Cell(f"{value:+.1f}", cell.values)
-
-
-def _published_rows(tasks: Sequence[str], suffix: str) -> list[list[Cell]]:
-    rows = []
-    for row in statistics.published()["rows"]:
-        cells = []
-        for task in tasks:
-            score = row["scores"].get(task)
-            if score is None:
-                cells.append(Cell(MISSING))
-            else:
-                text = f"{score[0]:.1f}" + (f" ± {score[1]:.2f}" if len(score) > 1 else "")
-                cells.append(Cell(text, {"": score[0]} | ({"std": score[1]} if len(score) > 1 else {})))
-        n = len(statistics.published()["seeds"]) if any(len(s) > 1 for s in row["scores"].values()) else None
-        count = Cell(str(n), {"": n}) if n else Cell(MISSING)
+def _published_rows(tasks: Sequence[str], suffix: str = "") -> list[list[Cell]]:
+    facts, rows = statistics.published(), []
+    for row in facts["rows"]:
+        scores = [row["scores"].get(task) for task in tasks]
+        cells = [
+            EMPTY if not score
+            else Cell(f"{score[0]:.1f} ± {score[1]:.2f}", {"": score[0], "std": score[1]}) if len(score) > 1
+            else Cell(f"{score[0]:.1f}", {"": score[0]})
+            for score in scores
+        ]  # fmt: skip
+        n = len(facts["seeds"]) if any(score and len(score) > 1 for score in scores) else None
+        count = Cell(str(n), {"": n}) if n else EMPTY
         rows.append([Cell(row["name"] + suffix), Cell(row["parameters"]), count, *cells, _average(cells)])
     return rows
 
 
-def _published_table(tasks: list[str], models: set[str]) -> Table:
+def _published(tasks: list[str], models: Sequence[str]) -> Table:
     facts = statistics.published()
-    own = [row["name"] for row in facts["rows"] if "match" in row and row["source"].startswith("run by")]
+    own = [row["name"] for row in facts["rows"] if row["source"].startswith("run by")]
     caption = (
-        f"Published numbers for {facts['encoder']}, from {facts['source']}. Measured with another encoder or on other data "
-        f"than the trials of this report ({', '.join(sorted(models))}): not comparable with them. {facts['metric']}. "
-        f"{facts['said']}. {', '.join(own)} was run by the paper's authors, the other rows are quoted there. The average "
-        f"is over the tasks shown."
+        f"Published numbers for {facts['encoder']}, from {facts['source']}. Measured with another encoder or on other "
+        f"data than trials of this report ({', '.join(models)}): not comparable with those. {facts['metric']}. "
+        f"{facts['said']}. {', '.join(own)} was run by the paper's authors, the other rows are quoted there. The "
+        f"average is over the tasks shown."
     )
     columns = ["method", "parameters", "n", *map(task_name, tasks), "average"]
-    return Table(
-        "published", f"Published, {facts['encoder']}: another encoder or other data", caption, columns,
-        _published_rows(tasks, ""),
-    )  # fmt: skip
+    title = f"Published, {facts['encoder']}: another encoder or other data"
+    return Table("published", title, caption, columns, _published_rows(tasks))
 
 
 def _score_caption(group: Sequence[Panel]) -> str:
-    trials = [t for p in group for t in p.trials]
-    metrics = {task_name(p.task): METRICS[TASKS[p.task].headline] for p in group}
-    floors = ", ".join(f"{task_name(p.task)} {percent(p.floor)}" for p in group)
-    heads = sorted({t.result["parameters"]["head"] for t in trials})
-    inits = {t.config["method"]["init"] for t in trials if "init" in t.config["method"]}
-    parts = [
-        f"Encoder {group[0].model}, {'synthetic' if group[0].data == 'synthetic' else 'GLUE'} data. "
+    trials = [trial for panel in group for trial in panel.trials]
+    metrics = {task_name(panel.task): METRICS[TASKS[panel.task].headline] for panel in group}
+    inits = {trial.config["method"]["init"] for trial in trials if "init" in trial.config["method"]}
+    heads = sorted({trial.result["parameters"]["head"] for trial in trials})
+    data = "synthetic, not GLUE's" if group[0].data == "synthetic" else "GLUE"
+    text = (
+        f"Encoder {group[0].model}; data {data}. "
         f"Split: {SPLITS.get(group[0].protocol, group[0].protocol)} (protocol={group[0].protocol}). "
         f"Metric, in percent: {_by_task(metrics)}; of the checkpoint that is best on validation, at the learning rate "
         f"with the highest mean validation score. Mean ± sample standard deviation over n seeds "
-        f"({_numbers(t.seed for t in trials)}). "
-        f"Epochs {_by_task(_values(group, 'epochs'))}; maximum length {_by_task(_values(group, 'max_length'))}; "
-        f"precision {_by_task(_values(group, 'precision'))}; "
-        f"init {', '.join(sorted(inits)) if inits else 'each method’s own'}. "
-        f"Parameters: of the adapter; the head's {_numbers(heads, '{:,}')} come on top."
-    ]
-    if any(c.scoreless_FS[c.best].any() for p in group for c in p.curves):
-        parts.append(f"Diverged trials count as guessing: {floors}.")
-    return " ".join(parts)
+        f"({_listed(trial.seed for trial in trials)}). "
+        f"Epochs {_setting(group, 'epochs')}; maximum length {_setting(group, 'max_length')}; "
+        f"precision {_setting(group, 'precision')}; init {_listed(inits) if inits else 'each method’s own'}. "
+        f"Parameters: of the adapter; the head's {_listed(heads)} come on top."
+    )
+    if any(curve.scoreless_FS[curve.best].any() for panel in group for curve in panel.curves):
+        text += (
+            f" Trials without a score, because they diverged or it is not defined, count as guessing: {_floors(group)}."
+        )
+    return text
 
 
 def _versus_published(group: Sequence[Panel]) -> str:
-    facts = statistics.published()
-    trials = [t for p in group for t in p.trials]
-    differs = []
-    if group[0].protocol != facts["protocol"]:
-        differs.append("the split")
-    if {t.seed for t in trials} != set(facts["seeds"]):
-        differs.append("the seeds")
-    if not {t.config["max_length"] for t in trials} <= set(facts["max_length"]):
-        differs.append("the maximum length")
+    facts, trials = statistics.published(), [trial for panel in group for trial in panel.trials]
+    differing = {
+        "the split": group[0].protocol != facts["protocol"],
+        "the seeds": {trial.seed for trial in trials} != {*facts["seeds"]},
+        "the maximum length": not {trial.config["max_length"] for trial in trials} <= {*facts["max_length"]},
+        "the epochs": any(
+            trial.config["epochs"] != facts["epochs"].get(trial.task)
+            for trial in trials
+            if trial.config["method"]["name"] == "delora"  # the others' are not known
+        ),
+    }
     return (
-        f"Published: {facts['source']}; {facts['said']}. Known to differ here: {', '.join(differs) or 'nothing'}. "
-        f"Differences carry Welch's 95 % interval from both standard deviations; the average is over the tasks shown."
+        f"Published: {facts['source']}; {facts['said']}. Known to differ here: "
+        f"{', '.join(what for what, differs in differing.items() if differs) or 'nothing'}. Differences carry Welch's "
+        f"95 % interval from both standard deviations. The average is over the tasks shown."
     )
 
 
-def _values(group: Sequence[Panel], key: str) -> dict[str, str]:
-    return {task_name(p.task): _numbers((t.config[key] for t in p.trials), " and ") for p in group}
+def _setting(group: Sequence[Panel], key: str) -> str:
+    return _by_task({task_name(p.task): _listed(trial.config[key] for trial in p.trials) for p in group})
+
+
+def _floors(group: Sequence[Panel]) -> str:
+    return ", ".join(f"{task_name(panel.task)} {100 * panel.floor:.1f}" for panel in group)
 
 
 def _by_task(values: Mapping[str, str]) -> str:
     """One value for all tasks, or each task's."""
-    if len(set(values.values())) == 1:
+    if len({*values.values()}) == 1:
         return next(iter(values.values()))
     return ", ".join(f"{value} ({task})" for task, value in values.items())
 
 
-def _numbers(values: Iterable[Any], form: str = "{}") -> str:
-    separator = form if form == " and " else ", "
-    form = "{}" if form == " and " else form
-    return separator.join(form.format(v) for v in sorted(set(values)))
+def _listed(values: Iterable[Any]) -> str:
+    return ", ".join(map(str, sorted({*values})))
 
 
 # --- Numbers under the curves
 
 
-def robustness_tables(panels: Sequence[Panel]) -> list[Table]:
-    """Best score, tolerated range, worst drop and sensitivity of each method, a table for each encoder."""
-    columns = ["task", "method", "trials", "diverged", "factors", "best score", "best factor", "best lr",
-               "tolerated decades", "worst drop", "sensitivity"]  # fmt: skip
-    tables = []
-    for group in _groups(panels):
-        rows, rules = [], []
-        for panel in group:
-            rules.append(len(rows))
-            rows += [_robustness_row(panel, curve) for curve in panel.curves]
-        title = f"Robustness to the learning rate, {group[0].model}"
-        caption = _robustness_caption(group)
-        tables.append(Table(_name("robustness", group), title, caption, columns, rows, rules[1:]))
-    return tables
+def _robustness(group: Sequence[Panel]) -> Table:
+    rows: list[list[Cell]] = []
+    rules: list[int] = []
+    for panel in group:
+        rules.append(len(rows))
+        rows += [_robustness_row(panel, curve) for curve in panel.curves]
+    spans = {task_name(p.task): "–".join(map(number, p.span)) if p.span else "none in common" for p in group}
+    caption = (
+        f"Scores on {group[0].split}, in percent, of the checkpoint that is best on validation; the best rate is the "
+        f"one with the highest mean validation score. Tolerated: decades of learning rate around it within 1 point of "
+        f"its score; ≥ where the grid ends first. Worst drop: from the best to the lowest mean score. Sensitivity: "
+        f"expected shortfall from the best over log-uniform rates, in points, floored at guessing ({_floors(group)}), "
+        f"after Wortsman et al. 2023. Range of factors for both: {_by_task(spans)}. Diverged trials, and those whose "
+        f"metric is not defined, count as guessing. Brackets: 95 % bootstrap intervals over seeds, the rate chosen "
+        f"anew in each draw."
+    )
+    columns = ["task", "method", "trials", "diverged", "factors", "best score", "best factor", "best lr"]
+    columns += ["tolerated decades", "worst drop", "sensitivity"]
+    return _table("robustness", group, "Robustness to the learning rate", caption, columns, rows=rows, rules=rules[1:])
 
 
 def _robustness_row(panel: Panel, curve: Curve) -> list[Cell]:
-    factors, best = curve.factors_F, curve.best
-    edge = {True: " (edge of the grid)", False: ""}[curve.best_is_on_edge]
-    grid = number(factors[0]) if len(factors) == 1 else f"{number(factors[0])}–{number(factors[-1])} ({len(factors)})"
-    lost = int(curve.scoreless_FS.sum())
+    lowest, highest, count = float(curve.factors_F[0]), float(curve.factors_F[-1]), len(curve.factors_F)
+    factor, rate = float(curve.factors_F[curve.best]), float(curve.rates_F[curve.best])
+    edge = " (edge of the grid)" if curve.best_is_on_edge else ""
+    diverged = sum(trial.diverged for trial in curve.trials.values())
+    numbers = statistics.robustness(curve, panel.span, panel.floor)
     return [
         Cell(task_name(panel.task)),
         Cell(curve.label),
         Cell(str(len(curve.trials)), {"": len(curve.trials)}),
-        Cell(str(lost), {"": lost}),
-        Cell(grid, {"lowest": float(factors[0]), "highest": float(factors[-1]), "number": len(factors)}),
-        estimate_cell(statistics.best_score(curve)),
-        Cell(number(factors[best]) + edge, {"": float(factors[best]), "on edge": int(curve.best_is_on_edge)}),
-        Cell(number(curve.rates_F[best]), {"": float(curve.rates_F[best])}),
-        estimate_cell(statistics.tolerated_range(curve), scale=1, digits=2),
-        estimate_cell(statistics.worst_drop(curve, panel.common)),
-        estimate_cell(statistics.sensitivity(curve, panel.common, panel.floor), digits=2),
+        Cell(str(diverged), {"": diverged}),
+        Cell(
+            f"{number(lowest)}–{number(highest)} ({count})" if count > 1 else number(lowest),
+            {"lowest": lowest, "highest": highest, "number": count},
+        ),
+        _cell(numbers.best),
+        Cell(number(factor) + edge, {"": factor, "on edge": int(curve.best_is_on_edge)}),
+        Cell(number(rate), {"": rate}),
+        _cell(numbers.tolerated, scale=1, form=".2f"),
+        _cell(numbers.drop),
+        _cell(numbers.sensitivity, form=".2f"),
     ]
 
 
-def _robustness_caption(group: Sequence[Panel]) -> str:
-    spans = {
-        task_name(p.task): f"{number(p.common[0])} to {number(p.common[1])}" if p.common else "none in common"
-        for p in group
-    }
-    floors = ", ".join(f"{task_name(p.task)} {percent(p.floor)}" for p in group)
-    return (
-        f"Scores on {group[0].split}, in percent, of the checkpoint that is best on validation; the best rate is the one "
-        f"with the highest mean validation score. Tolerated: decades of learning rate around it within 1 point of its "
-        f"score; ≥ where the grid ends first. Worst drop: from the best to the lowest mean score. Sensitivity: expected "
-        f"shortfall from the best over log-uniform rates, in points, floored at guessing ({floors}), after Wortsman et "
-        f"al. 2023. Range of factors for both: {_by_task(spans)}. Diverged trials, and those whose metric is not "
-        f"defined, count as guessing. Brackets: 95 % bootstrap intervals over seeds, the rate chosen anew in each draw."
+# --- Scores in more detail
+
+
+def _medians(group: Sequence[Panel]) -> Table:
+    """Median and interquartile mean at the best rate, for each task and over all tasks for methods that have all."""
+    rows: list[list[Cell]] = []
+    rules: list[int] = []
+    for panel in group:
+        rules.append(len(rows))
+        rows += [_median_row(task_name(panel.task), c.label, [c.best_scores_S]) for c in panel.curves]
+    if len(group) > 1:
+        rules.append(len(rows))
+        for label in _labels(group):
+            curves = _curves(group, label)
+            if len(curves) == len(group):
+                rows.append(_median_row("all", label, [c.best_scores_S for c in curves.values()]))
+    caption = (
+        f"Scores on {group[0].split} at the best rate, in percent. IQM: interquartile mean, without the lowest and "
+        f"highest quarter (rounded down) of the values. Brackets: 95 % bootstrap intervals, seeds resampled within "
+        f"each task. “all” pools the tasks, for methods that have every one."
     )
-
-
-# --- Cells in more detail
-
-
-def aggregate_tables(panels: Sequence[Panel]) -> list[Table]:
-    """Median and interquartile mean at the best rate, for each task and over all tasks that a method has."""
     columns = ["task", "method", "n", "mean", "std", "median", "IQM"]
-    tables = []
-    for group in _groups(panels):
-        rows, rules = [], []
-        for panel in group:
-            rules.append(len(rows))
-            rows += [_aggregate_row(task_name(panel.task), c.label, [c.best_scores_S]) for c in panel.curves]
-        if len(group) > 1:
-            rules.append(len(rows))
-            for label in _labels(group):
-                scores = [c.best_scores_S for p in group for c in p.curves if c.label == label]
-                if len(scores) == len(group):
-                    rows.append(_aggregate_row("all", label, scores))
-        caption = (
-            f"Scores on {group[0].split} at the best rate, in percent. IQM: interquartile mean, without the lowest and "
-            f"highest quarter (rounded down) of the values. Brackets: 95 % bootstrap intervals, seeds resampled within "
-            f"each task. “all” pools the tasks, for methods that have every one."
-        )
-        title = f"Median and interquartile mean, {group[0].model}"
-        tables.append(Table(_name("medians", group), title, caption, columns, rows, rules[1:]))
-    return tables
+    title = "Median and interquartile mean"
+    return _table("medians", group, title, caption, columns, rows=rows, rules=sorted({*rules[1:]} - {len(rows)}))
 
 
-def _aggregate_row(task: str, label: str, scores: Sequence[np.ndarray]) -> list[Cell]:
-    values = [statistics.known(s) for s in scores]
-    together = np.concatenate(values)
-    spread = statistics.std(together) if len(values) == 1 else math.nan  # over tasks it would mean little
+def _median_row(task: str, label: str, scores: Sequence[np.ndarray]) -> list[Cell]:
+    samples = [statistics.known(score_S) for score_S in scores]
+    together = np.concatenate(samples)
+    spread = statistics.std(together) if len(samples) == 1 else math.nan  # over tasks it would mean little
     return [
         Cell(task),
         Cell(label),
         Cell(str(len(together)), {"": len(together)}),
-        estimate_cell(Estimate(float(together.mean()))),
-        estimate_cell(Estimate(spread), digits=2),
-        estimate_cell(statistics.resampled(values, lambda v_BN: np.median(v_BN, -1))),
-        estimate_cell(statistics.resampled(values, statistics.iqm)),
+        _cell(Estimate(float(together.mean()))),
+        _cell(Estimate(spread), form=".2f"),
+        _cell(statistics.pooled(samples, statistics.median)),
+        _cell(statistics.pooled(samples, statistics.iqm)),
     ]
 
 
-def comparison_tables(panels: Sequence[Panel]) -> list[Table]:
-    """Paired comparisons of methods by seed."""
+def _comparisons(group: Sequence[Panel]) -> Table:
+    rows: list[list[Cell]] = []
+    rules: list[int] = []
+    for panel in group:
+        rules.append(len(rows))
+        for c in statistics.compare(panel):
+            names = [task_name(panel.task), c.what, c.first, c.second]
+            p = EMPTY if math.isnan(c.p) else Cell(f"{c.p:.3f}" if c.p >= 0.001 else "<0.001", {"": c.p})
+            more = "more sensitive" if c.what == "sensitivity" else "higher"
+            shown = Cell(f"{c.higher} is {more}" if c.higher else "no difference shown")
+            difference = _cell(c.difference, form="+.2f")
+            rows.append([*map(Cell, names), difference, p, Cell(str(c.n), {"": c.n}), shown])
+    caption = (
+        f"Pairs share the seed, and with it split, data order and head. Score on {group[0].split} at each method's "
+        f"best rate; sensitivity as in the table of robustness; both in points. Brackets: Student's 95 % interval of "
+        f"the paired difference, p of the paired t-test. A difference is called shown only where the interval "
+        f"excludes zero. {len(rows)} comparisons, not corrected for their number."
+    )
     columns = ["task", "of", "first", "second", "first − second", "p", "n", "shown"]
-    tables = []
-    for group in _groups(panels):
-        rows: list[list[Cell]] = []
-        rules = []
-        for panel in group:
-            rules.append(len(rows))
-            for c in statistics.compare(panel):
-                higher = f"{c.higher} is higher" if c.higher else "no difference shown"
-                p = Cell(MISSING) if math.isnan(c.p) else Cell(f"{c.p:.3f}" if c.p >= 0.001 else "<0.001", {"": c.p})
-                difference = estimate_cell(c.difference, signed=True, digits=2)
-                names = [Cell(task_name(panel.task)), Cell(c.what), Cell(c.first), Cell(c.second)]
-                rows.append([*names, difference, p, Cell(str(c.n), {"": c.n}), Cell(higher)])
-        caption = (
-            f"Pairs share the seed, and with it split, data order and head. Score on {group[0].split} at each method's best "
-            f"rate; sensitivity as in the table of robustness, where higher means less robust; both in points. Brackets: "
-            f"Student's 95 % interval of the paired difference, p of the paired t-test. A method is called higher only "
-            f"where the interval excludes zero. {len(rows)} comparisons, not corrected for their number."
-        )
-        if rows:
-            title = f"Paired comparisons, {group[0].model}"
-            tables.append(Table(_name("comparisons", group), title, caption, columns, rows, rules[1:]))
-    return tables
+    rules = sorted({*rules[1:]} - {0, len(rows)})
+    return _table("comparisons", group, "Paired comparisons", caption, columns, rows=rows, rules=rules)
 
 
 # --- What else a reader must know
@@ -408,52 +375,57 @@ def comparison_tables(panels: Sequence[Panel]) -> list[Table]:
 
 def notes(found: Collection, panels: Sequence[Panel]) -> list[str]:
     """What was left out, and what makes numbers doubtful."""
-    said = [f"left out: {folder}: {reason}" for folder, reason in found.left_out]
-    if found.failed:
-        said.append(f"{len(found.failed)} failed trials are left out: {_some(found.failed)}")
-    if found.unfinished:
-        said.append(f"{len(found.unfinished)} trials are not finished: {_some(found.unfinished)}")
+    reasons = defaultdict(list)
+    for path, reason in found.left_out:
+        reasons[reason].append(str(path))
+    said = [
+        f"left out: {', '.join(paths[:3])}{f' and {len(paths) - 3} more' if len(paths) > 3 else ''}: {reason}"
+        for reason, paths in reasons.items()
+    ]
     for panel in panels:
         where = f"{task_name(panel.task)}, {panel.model}"
-        for curve in panel.curves:
-            if curve.best_is_on_edge:
-                way = "lower" if curve.best == 0 else "higher"
-                rate, factor = number(curve.rates_F[curve.best]), number(curve.factors_F[curve.best])
-                said.append(
-                    f"{where}: the best rate of {curve.label}, {rate} (factor {factor}), is the edge of its grid: "
-                    f"try {way} rates"
-                )
-            if (curve.n_F != curve.n_F.max()).any():
-                few = ", ".join(number(f) for f in curve.factors_F[curve.n_F != curve.n_F.max()])
-                said.append(f"{where}: {curve.label} has fewer trials at factor {few} than elsewhere")
-            undefined = sum(math.isnan(t.score) and not t.diverged for t in curve.trials.values())
-            if undefined:
-                said.append(
-                    f"{where}: {undefined} trials of {curve.label} have no defined score (constant predictions)"
-                )
+        said += [f"{where}: {note}" for curve in panel.curves for note in _doubts(curve)]
         for what in ("data", "weights"):
-            if len({_hash(trial, what) for trial in panel.trials}) > 1:
+            hashes = {dict(trial.result["made_by"][what]).get("sha256") for trial in panel.trials}  # type: ignore[literal-required]
+            if len(hashes) > 1:
                 said.append(f"{where}: not all trials had the same {what} (their hashes differ)")
+        for key, values in _differing(panel).items():
+            said.append(f"{where}: methods differ in {key}: {values}")
     return said
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def _doubts(curve: Curve) -> list[str]:
+    said = []
+    if curve.best_is_on_edge:
+        way = "lower" if curve.best == 0 else "higher"
+        best = f"{number(curve.rates_F[curve.best])} (factor {number(curve.factors_F[curve.best])})"
+        said.append(f"the best rate of {curve.label}, {best}, is the edge of its grid: try {way} rates")
+    if not curve.fullest_F.all():
+        few = ", ".join(map(number, curve.factors_F[~curve.fullest_F]))
+        said.append(f"{curve.label} has fewer trials at factor {few} than elsewhere")
+    undefined = sum(math.isnan(trial.score) and not trial.diverged for trial in curve.trials.values())
+    if undefined:
+        said.append(f"{undefined} trials of {curve.label} have no defined score (constant predictions)")
+    return said
 
 
-def _hash(trial: Trial, what: str) -> str | None:
-    return (trial.result.get("made_by", {}).get(what) or {}).get("sha256")
+def _differing(panel: Panel) -> dict[str, str]:
+    """Settings that are no option of a method, and yet not the same for all: key, and each method's value."""
+    methods: dict[str, Trial] = {curve.label: curve.trials_at(0)[0] for curve in panel.curves}
+    keys = dict.fromkeys(key for trial in methods.values() for key in trial.settings)
+    made = {}
+    for key in keys:
+        values = {label: show(trial.settings.get(key, "unset")) for label, trial in methods.items()}
+        if len({*values.values()}) > 1 and not key.startswith("method.") and key != "weight_decay":
+            made[key] = ", ".join(f"{value} ({label})" for label, value in values.items())
+    return made
 
 
 # --- Forms
 
 
-def percent(fraction: float, digits: int = 1) -> str:
-    return f"{100 * fraction:.{digits}f}"
-
-
 def number(value: float) -> str:
-    """Short: 0.25, 6e-3, 32."""
+    """Short: 0.25, 6e-4, 32."""
     text = f"{value:.3g}"
     if 1e-3 <= value < 1e4 and "e" not in text:
         return text
@@ -465,92 +437,90 @@ def millions(count: float) -> str:
     return f"{count / 1e6:.2g}M" if count < 1e7 else f"{count / 1e6:.0f}M"
 
 
-def estimate_cell(estimate: Estimate, scale: float = 100, digits: int = 1, signed: bool = False) -> Cell:
+def _cell(estimate: Estimate, scale: float = 100, form: str = ".1f") -> Cell:
     """`value [low, high]`, scaled."""
     if math.isnan(estimate.value):
-        return Cell(MISSING)
+        return EMPTY
     value, low, high = (scale * v for v in (estimate.value, estimate.low, estimate.high))
-    form = f"{'+' if signed else ''}.{digits}f"
-    text = ("≥ " if estimate.at_least else "") + _no_negative_zero(value, form)
-    values: dict[str, float | int | str] = {"": value}
-    if not math.isnan(low):
-        text += f" [{_no_negative_zero(low, form)}, {_no_negative_zero(high, form)}]"
-        values |= {"low": low, "high": high}
-    return Cell(text.replace("-", "−"), values)
+    text = ("≥ " if estimate.at_least else "") + _signed(value, form)
+    if math.isnan(low):
+        return Cell(text, {"": value})
+    return Cell(f"{text} [{_signed(low, form)}, {_signed(high, form)}]", {"": value, "low": low, "high": high})
 
 
-def _no_negative_zero(value: float, form: str) -> str:
+def _signed(value: float, form: str) -> str:
+    """The number with a true minus sign, which zero never has."""
     text = format(value, form)
-    return text.replace("-", "+" if "+" in form else "") if float(text) == 0 else text
+    return format(0.0, form) if float(text) == 0 else text.replace("-", "−")
+
+
+def is_text(table: Table, column: int) -> bool:
+    return not any(row[column].values for row in table.rows)
 
 
 def markdown(table: Table) -> str:
-    """A pipe table below its title, above its caption."""
-
-    def line(texts: Iterable[str]) -> str:
-        return "| " + " | ".join(t.replace("|", "\\|") for t in texts) + " |\n"
-
-    align = [":--" if _is_text(table, i) else "--:" for i in range(len(table.columns))]
-    rows = "".join(line(cell.text for cell in row) for row in table.rows)
-    return f"### {table.title}\n\n{line(table.columns)}{line(align)}{rows}\n{table.caption}\n"
+    """A pipe table below its title, above its caption; its columns are aligned for reading as plain text."""
+    lines = [table.columns, *([cell.text.replace("|", "\\|") for cell in row] for row in table.rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
+    aligns = [str.ljust if is_text(table, i) else str.rjust for i in range(len(widths))]
+    rules = [
+        ":" + "-" * (width - 1) if align is str.ljust else "-" * (width - 1) + ":"
+        for width, align in zip(widths, aligns, strict=True)
+    ]
+    padded = [[align(text, width) for text, width, align in zip(line, widths, aligns, strict=True)] for line in lines]
+    body = "".join(f"| {' | '.join(line)} |\n" for line in [padded[0], rules, *padded[1:]])
+    return f"### {table.title}\n\n{body}\n{table.caption}\n"
 
 
 def latex(table: Table) -> str:
     """A table environment for the packages booktabs and graphicx."""
-    align = "".join("l" if _is_text(table, i) else "r" for i in range(len(table.columns)))
+    align = "".join("l" if is_text(table, i) else "r" for i in range(len(table.columns)))
     lines = [
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{tex(table.title + '. ' + table.caption)}}}",
+        rf"\caption{{{_tex(table.title + '. ' + table.caption)}}}",
         rf"\label{{tab:{table.name}}}",
         r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
         rf"\begin{{tabular}}{{{align}}}",
         r"\toprule",
-        " & ".join(map(tex, table.columns)) + r" \\",
+        " & ".join(map(_tex, table.columns)) + r" \\",
         r"\midrule",
     ]
     for i, row in enumerate(table.rows):
-        if i in table.rules:
-            lines.append(r"\midrule")
-        lines.append(" & ".join(tex(cell.text) for cell in row) + r" \\")
+        lines += [r"\midrule"] if i in table.rules else []
+        lines.append(" & ".join(_tex(cell.text) for cell in row) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}}", r"\end{table}"]) + "\n"
 
 
 TEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "≥": r"$\geq$", "−": "$-$", "λ": r"$\lambda$",
-    "—": "---", "–": "--", "“": "``", "”": "''", "’": "'", "…": r"\ldots{}", "<": r"\textless{}", ">": r"\textgreater{}",
+    "—": "---", "–": "--", "“": "``", "”": "''", "’": "'", "<": r"\textless{}", ">": r"\textgreater{}",
+    "[": "{[}", "]": "{]}",
 }  # fmt: skip
 
 
-def tex(text: str) -> str:
-    """Text with LaTeX's special characters escaped."""
+def _tex(text: str) -> str:
+    """Text with LaTeX's special characters escaped; brackets would be an argument of the `\\` before them."""
     return "".join(TEX.get(character, character) for character in text)
 
 
 def to_csv(table: Table) -> str:
-    """Numbers in full, a column for each of a cell's values; `#` lines hold title and caption."""
+    """Numbers in full, a column for each of a cell's values; the first line, a `#` comment, holds the caption."""
     keys = [list(dict.fromkeys(k for row in table.rows for k in row[i].values)) for i in range(len(table.columns))]
-    header = [f"{c} {k}".strip() for c, ks in zip(table.columns, keys, strict=True) for k in ks or [""]]
     lines = io.StringIO()
     lines.write(f"# {table.title}. {table.caption}\n")
     writer = csv.writer(lines, lineterminator="\n")
-    writer.writerow(header)
+    writer.writerow([f"{c} {k}".strip() for c, ks in zip(table.columns, keys, strict=True) for k in ks or [""]])
     for row in table.rows:
         writer.writerow([value for cell, ks in zip(row, keys, strict=True) for value in _csv_values(cell, ks)])
     return lines.getvalue()
 
 
-def _csv_values(cell: Cell, keys: Sequence[str]) -> list[str | float | int]:
-    if not keys:
-        return [cell.text]
-    if not cell.values and cell.text not in ("", MISSING):  # text in a column of numbers, as "0.3M"
-        return [cell.text, *[""] * (len(keys) - 1)]
-    return [f"{v:.6g}" if isinstance(v := cell.values.get(key, ""), float) else v for key in keys]
-
-
-def _is_text(table: Table, column: int) -> bool:
-    return not any(row[column].values for row in table.rows)
+def _csv_values(cell: Cell, keys: Sequence[str]) -> list[str]:
+    if not cell.values:  # text, also in a column of numbers, as "0.3M"
+        return [cell.text.replace(MISSING, ""), *[""] * (len(keys) - 1)]
+    return [f"{cell.values[k]:.10g}" if not math.isnan(cell.values.get(k, math.nan)) else "" for k in keys]
 
 
 FORMS: dict[str, tuple[str, Callable[[Table], str]]] = {
@@ -558,3 +528,12 @@ FORMS: dict[str, tuple[str, Callable[[Table], str]]] = {
     "latex": ("tex", latex),
     "csv": ("csv", to_csv),
 }
+
+
+def write(tables: Sequence[Table], folder: Path) -> list[Path]:
+    """Writes tables.md and tables.tex with all tables, and a CSV for each; returns the files."""
+    texts = {f"tables.{suffix}": "\n".join(map(form, tables)) for suffix, form in (FORMS["markdown"], FORMS["latex"])}
+    texts |= {f"{table.name}.csv": to_csv(table) for table in tables}
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    return [folder / name for name in texts]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from delora import results
-from delora.config import NOT_THE_TRIAL, matches
+from delora.config import NOT_THE_TRIAL, look_up, matches, show
 from delora.errors import UserError
 from delora.tasks import TASKS
 
@@ -17,7 +17,8 @@ NAMES = {"lora": "LoRA", "dora": "DoRA", "delora": "DeLoRA", "ether": "ETHER", "
 FACTOR_ON = {"adapter": "factor on BA", "lambda": "factor on λ"}
 # Settings that place a trial in the report, by dotted key or group; all others tell variants of a method apart.
 PLACE = ("task", "model", "protocol", "data.name", "seed", "lr", "lr_factor", "lr_factor_on")
-IN_LABEL = ("method.name", "method._target_", "method.init", "method.train_magnitude", "method.base_lr")
+IN_LABEL = ("method.name", "method._target_", "method.init", "method.train_magnitude")
+PRINTED = {"epochs": int, "max_length": int, "precision": str, "method.name": str}  # beside what places a trial
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,8 @@ def read(folders: Sequence[Path], layer: str | None = None) -> Collection:
     Raises:
         UserError: a folder does not exist, none holds a trial, or no layer is named so.
     """
-    made, stored = Collection(), {}
+    made = Collection()
+    stored: dict[Path, results.StoredTrial] = {}
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder. delora-run writes results to outputs/<name>")
@@ -124,9 +126,11 @@ def read(folders: Sequence[Path], layer: str | None = None) -> Collection:
 def _trial(stored: results.StoredTrial, evaluations: Sequence[results.Evaluation], layer: str | None) -> Trial:
     """Raises ValueError, KeyError, TypeError or AttributeError for a config that is not of delora-run."""
     result, config = stored.result, stored.result["config"]
-    task, headline, protocol = config["task"]["name"], result["headline"], config["protocol"]["name"]
+    task, headline, protocol = _get(config, "task.name", str), result["headline"], _get(config, "protocol.name", str)
     if task not in TASKS or headline != TASKS[task].headline:
         raise ValueError(f"task {task!r} scored by {headline!r} is not known")
+    for key, kind in PRINTED.items():
+        _get(config, key, kind)
     if not evaluations:
         raise ValueError("metrics.jsonl holds no evaluation")
     validation = score = math.nan
@@ -143,7 +147,7 @@ def _trial(stored: results.StoredTrial, evaluations: Sequence[results.Evaluation
         result=result,
         history=[
             Point(
-                evaluation["step"],
+                int(evaluation["step"]),
                 _number(evaluation["metrics"].get(headline)),
                 _over_layers(evaluation["distance"], layer),
                 _over_layers(evaluation["lambda"], layer),
@@ -151,11 +155,11 @@ def _trial(stored: results.StoredTrial, evaluations: Sequence[results.Evaluation
             for evaluation in evaluations
         ],
         task=task,
-        model=config["model"]["name"],
+        model=_get(config, "model.name", str),
         protocol=protocol,
-        data=config["data"]["name"],
+        data=_get(config, "data.name", str),
         label=_label(config, on),
-        seed=config["seed"],
+        seed=_get(config, "seed", int),
         rate=_round((base or config["lr"]) * factor),
         factor=_round(factor),
         diverged=result["status"] == "diverged",
@@ -167,6 +171,14 @@ def _trial(stored: results.StoredTrial, evaluations: Sequence[results.Evaluation
             if not any(key == part or key.startswith(f"{part}.") for part in (*PLACE, *NOT_THE_TRIAL))
         },
     )
+
+
+def _get(config: Mapping[str, Any], key: str, kind: type) -> Any:
+    """A value by its dotted key."""
+    value = look_up(config, key)
+    if not isinstance(value, kind):
+        raise ValueError(f"config has {key}={show(value)}")
+    return value
 
 
 def _number(value: float | None) -> float:
@@ -226,9 +238,9 @@ def _name(trials: Iterable[Trial]) -> None:
         by_factor = any(trial.factor != 1 for trial in group)
         settings = [trial.settings | ({"lr": trial.config["lr"]} if by_factor else {}) for trial in group]
         keys = sorted(key for key in set(itertools.chain(*settings)) if key not in IN_LABEL)
-        differing = [key for key in keys if len({str(values.get(key, "unset")) for values in settings}) > 1]
+        differing = [key for key in keys if len({show(values.get(key, "unset")) for values in settings}) > 1]
         for trial, values in zip(group, settings, strict=True):
-            said = [f"{key.split('.')[-1].replace('_', ' ')} {values.get(key, 'unset')}" for key in differing]
+            said = [f"{key.split('.')[-1].replace('_', ' ')} {show(values.get(key, 'unset'))}" for key in differing]
             trial.label = _with(label, dict.fromkeys(said))
             if not by_factor:
                 trial.factor = _round(trial.config["lr"] / trial.config["method"]["base_lr"])

@@ -1,0 +1,84 @@
+"""What trials cost: how many fit into a device's memory, and how long they take."""
+
+import os
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from delora.config import Shape, Trial
+from delora.data.batches import Tokens
+
+MOST = {"cpu": 8, "cuda": 32}  # with more trials a step takes as long for each
+SHARE = 0.8  # of the memory that is free
+UNKNOWN = 8  # trials of an encoder whose shape is not known
+PADDING = 1.25  # tokens computed for each real one
+
+
+def largest_fleet(trial: Trial, tokens: Mapping[str, Tokens], device: torch.device) -> int:
+    """The most trials like this one that fit into the memory that is free."""
+    most = MOST.get(device.type, UNKNOWN)
+    if trial.model.shape is None:
+        return min(most, UNKNOWN)
+    encoder, each = needed_bytes(trial, trial.model.shape, tokens)
+    return max(1, min(most, int((free_bytes(device) * SHARE - encoder) / each)))
+
+
+def needed_bytes(trial: Trial, shape: Shape, tokens: Mapping[str, Tokens]) -> tuple[int, int]:
+    """Estimated bytes of the encoder, and of each trial over it in a training step.
+
+    Activations after Korthikanti et al. 2022 (arXiv 2205.05198), Eq. 2, with 2 bytes a value: a layer keeps
+    T·h·(34 + 5·a·T/h) bytes for T tokens, width h and a heads. Frozen layers keep less, so it is an upper bound.
+    """
+    size = 8 if trial.precision == "float64" else 4
+    longest = int(max(t.lengths_S.max() for t in tokens.values()))
+    examples = -(-trial.batch_size // trial.accumulation)
+    per_token = shape.width * 34 + 5 * shape.heads * longest
+    activations = examples * longest * shape.layers * per_token * (size // 2)
+    linears = shape.linears().values()
+    encoder = (sum(i * o for i, o in linears) + 31_000 * shape.width) * size
+    trained = sum(i + o for i, o in linears) * (trial.method.rank or 1) + 2 * shape.width**2
+    return encoder, activations + 7 * size * trained
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that this process may still take."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    limit = Path("/sys/fs/cgroup/memory.max")  # a container's or a job's, where there is one
+    if limit.exists() and (text := limit.read_text().strip()).isdigit():
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        free = min(free, int(text) - used)
+    return free
+
+
+def seconds(trials: Sequence[Trial], tokens: Mapping[str, Tokens], device: torch.device) -> float | None:
+    """Roughly how long a fleet takes, from its multiplications and how fast the device does them.
+
+    None for an encoder whose shape is not known.
+    """
+    shape = trials[0].model.shape
+    if shape is None:
+        return None
+    per_token = 2 * sum(i * o for i, o in shape.linears().values())
+    trained = 2 * per_token * tokens["train"].lengths_S.sum() * trials[0].epochs
+    scored = per_token * sum(t.lengths_S.sum() for n, t in tokens.items() if n != "train") * (trials[0].epochs + 1)
+    return PADDING * len(trials) * float(trained + scored) / _operations_a_second(shape, device, trials[0].precision)
+
+
+def _operations_a_second(shape: Shape, device: torch.device, precision: str) -> float:
+    dtype = {"bfloat16": torch.bfloat16, "float64": torch.float64}.get(precision, torch.float32)
+    x, w = torch.randn(1024, shape.width, device=device), torch.randn(shape.width, shape.ffn, device=device)
+    x, w = x.to(dtype), w.to(dtype)
+    done, start = 0, 0.0
+    for i in range(1000):
+        if i == 3:  # after warming up
+            done, start = 0, time.perf_counter()
+        (x @ w).sum().item()
+        done += 1
+        if start and time.perf_counter() - start > 0.2:
+            break
+    # A step does other things too: measured, about half of its time goes into multiplications.
+    return 0.5 * done * 2 * 1024 * shape.width * shape.ffn / (time.perf_counter() - start)

@@ -1,0 +1,216 @@
+"""One HTML file with curves, tables and every trial; it needs neither network nor other files."""
+
+import html
+import json
+import math
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+
+from delora import results
+from delora.report import curves, statistics
+from delora.report.statistics import Panel
+from delora.report.tables import EMPTY, Cell, Table, is_text, number, task_name
+from delora.report.trials import Trial
+from delora.tasks import TASKS
+
+EVALUATIONS = 60  # of a trial, drawn over training: more would not be told apart
+
+
+def write(
+    path: Path,
+    panels: Sequence[Panel],
+    tables: Sequence[Table],
+    notes: Sequence[str],
+    layer: str | None = None,
+    factor: float | None = None,
+) -> Path:
+    """Writes the page; returns its path.
+
+    Args:
+        layer, factor: as `curves.draw` takes them.
+    """
+    trials = [trial for panel in panels for trial in panel.trials]
+    folder = path.parent.resolve()
+    links = [quote(os.path.relpath(trial.folder.resolve(), folder)) for trial in trials]
+    facts = [results.flatten({**trial.result, "label": trial.label}) for trial in trials]
+    keys = list(dict.fromkeys(key for fact in facts for key in fact))
+    shared = {key: facts[0][key] for key in keys if all(key in fact and fact[key] == facts[0][key] for fact in facts)}
+    own = [key for key in keys if key not in shared]
+    look = curves.styles(curve.label for panel in panels for curve in panel.curves)
+    data = {
+        "styles": {label: [s.color, s.marker, " ".join(str(1.5 * d) for d in s.dash)] for label, s in look.items()},
+        "views": _views(panels, {id(trial): i for i, trial in enumerate(trials)}, layer, factor),
+        "links": links,
+        "shared": shared,
+        "keys": own,
+        "trials": [[fact.get(key) for key in own] for fact in facts],
+    }
+    parts = {
+        "TITLE": html.escape(", ".join(dict.fromkeys(f"{task_name(p.task)} ({p.model})" for p in panels))),
+        "NOTES": "".join(f"<li>{html.escape(note)}</li>" for note in notes),
+        "TABLES": "".join(_table(table) for table in tables),
+        "TRIALS": _table(_trials(trials), links),
+        "DATA": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
+    }
+    page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    head, *rest = page.split("<!--FILL ")  # in one pass: what is filled in may look like a place to fill
+    filled = head + "".join(parts[name] + text for name, _, text in (piece.partition("-->") for piece in rest))
+    path.write_text(filled, encoding="utf-8")
+    return path
+
+
+# --- Curves: each view draws a chart for each panel, with a series for each method
+
+
+def _views(panels: Sequence[Panel], index: dict[int, int], layer: str | None, factor: float | None) -> list[dict]:
+    rate = {"factor": "learning rate, times each method's base rate", "rate": "learning rate"}
+    over = layer or "mean over layers"
+    y = {"score": "score (%)", "distance": f"‖W′ − W‖, {over}", "strength": f"λ, {over}"}
+    views = [
+        _view(f"{what} by {x}", x_label, y[what], [_by_rate(p, x, what, index) for p in panels], panels, what, x)
+        for what in ("score", "distance")
+        for x, x_label in rate.items()
+    ] + [
+        _view(
+            f"{what.replace('strength', 'λ')} over training",
+            "training step",
+            y[what],
+            [_over_training(p, what, index, factor) for p in panels],
+            panels,
+            what,
+            "step",
+        )
+        for what in y
+    ]
+    return [view for view in views if any(series["line"] for chart in view["charts"] for series in chart["series"])]
+
+
+def _view(
+    name: str, x_label: str, y_label: str, series: list[list[dict]], panels: Sequence[Panel], what: str, x: str
+) -> dict[str, Any]:
+    charts = []
+    for title, panel, its_series in zip(curves.panel_titles(panels), panels, series, strict=True):
+        references: list[tuple[str, float | None]] = [("guessing", panel.floor), ("head only", panel.head_only)]
+        split = panel.split if x != "step" else "validation"
+        metric = f"{split} {curves.METRICS[TASKS[panel.task].headline]} (%)"
+        charts.append(
+            {
+                "title": title,
+                "y": metric if what == "score" else y_label,
+                "references": [
+                    [text, _short(100 * value)] for text, value in references if value is not None and what == "score"
+                ],
+                "series": its_series,
+            }
+        )
+    return {
+        "name": name,
+        "x": x_label,
+        "byFactor": x == "factor",
+        "logX": x != "step",
+        "logY": what == "distance",
+        "charts": charts,
+    }
+
+
+def _by_rate(panel: Panel, x: str, what: str, index: dict[int, int]) -> list[dict]:
+    made = []
+    for curve in panel.curves:
+        x_F = curve.factors_F if x == "factor" else curve.rates_F
+        values_FS = 100 * curve.score_FS if what == "score" else curves.distances(curve)
+        points = [
+            [_short(x_F[f]), _short(values_FS[f, s]), index[id(trial)], int(curve.scoreless_FS[f, s])]
+            for (f, s), trial in curve.trials.items()
+            if not math.isnan(values_FS[f, s])
+        ]
+        made.append({"label": curve.label, "line": _line(x_F, values_FS), "points": points, "paths": []})
+    return made
+
+
+def _over_training(panel: Panel, what: str, index: dict[int, int], factor: float | None) -> list[dict]:
+    made = []
+    for curve in panel.curves:
+        shown = curves.shown_factor(curve, factor)
+        if shown is None:
+            continue
+        values = curves.history(curve, shown, panel.floor)
+        values_ES = getattr(values, f"{what}_ES") * (100 if what == "score" else 1)
+        some = np.unique(np.linspace(0, len(values.steps_E) - 1, EVALUATIONS).astype(int))
+        paths = [
+            [index[id(trial)], [[int(values.steps_E[e]), _short(values_ES[e, s])] for e in some]]
+            for s, trial in enumerate(curve.trials_at(shown))
+        ]
+        line = _line(values.steps_E[some], values_ES[some])
+        made.append({"label": curve.label, "line": line, "points": [], "paths": paths if line else []})
+    return made
+
+
+def _line(x_F: np.ndarray, values_FS: np.ndarray) -> list[list[float | None]]:
+    """x, mean and interval's ends of each rate or step that has a value."""
+    band = statistics.band(values_FS)
+    return [[_short(v) for v in (x, *ends)] for x, ends in zip(x_F, band.T, strict=True) if not math.isnan(ends[0])]
+
+
+def _short(value: float) -> float | None:
+    """To five digits, None for NaN."""
+    return None if math.isnan(value) else float(f"{value:.5g}")
+
+
+# --- Tables
+
+
+def _table(table: Table, links: Sequence[str] | None = None) -> str:
+    """A table as HTML; with links, its rows are trials, and the last cell links to their folders."""
+    heads = "".join(f"<th><button>{html.escape(column)}</button></th>" for column in table.columns)
+    numeric = [not is_text(table, i) for i in range(len(table.columns))]
+    rows = []
+    for place, row in enumerate(table.rows):
+        cells = "".join(_td(cell, right) for cell, right in zip(row, numeric, strict=True))
+        if links:
+            cells += f'<td><a href="{html.escape(links[place])}/">folder</a></td>'
+        rows.append(f"<tr data-t={place}>{cells}</tr>" if links else f"<tr>{cells}</tr>")
+    return (
+        f'<section><h3>{html.escape(table.title)}</h3><div class="wide"><table><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div><p>{html.escape(table.caption)}</p></section>\n"
+    )
+
+
+def _td(cell: Cell, right: bool) -> str:
+    key = cell.values.get("")
+    value = f" data-v={key:.6g}" if key is not None and f"{key:.6g}" != cell.text else ""
+    return f"<td{' class=r' if right else ''}{value}>{html.escape(cell.text)}</td>"
+
+
+def _trials(trials: Iterable[Trial]) -> Table:
+    columns = ["task", "encoder", "method", "factor", "lr", "seed", "status", "score", "validation", "epoch",
+               "‖W′ − W‖", "seconds"]  # fmt: skip
+    rows = []
+    for trial in trials:
+        best = trial.result["best"]
+        rows.append(
+            [
+                Cell(task_name(trial.task)),
+                Cell(trial.model),
+                Cell(trial.label),
+                Cell(number(trial.factor), {"": trial.factor}),
+                Cell(number(trial.rate), {"": trial.rate}),
+                Cell(str(trial.seed), {"": trial.seed}),
+                Cell(trial.result["status"]),
+                _value(100 * trial.score, ".2f"),
+                _value(100 * trial.validation, ".2f"),
+                _value(best["epoch"] if best else math.nan, "d" if best else ""),
+                _value(trial.distance, ".3g"),
+                _value(trial.result["seconds"]["total"], ".0f"),
+            ]
+        )
+    caption = "A click on a row shows the trial's config and provenance."
+    return Table("trials", "Trials", caption, columns, rows)
+
+
+def _value(value: float, form: str) -> Cell:
+    return EMPTY if math.isnan(value) else Cell(format(value, form), {"": value})

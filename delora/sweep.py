@@ -1,0 +1,343 @@
+"""Sweeps: trials that may share a fleet are trained together, whatever is finished is kept, nothing runs twice.
+
+    <sweep>/<trial>/            a trial's folder, see delora/results.py
+    <sweep>/.fleets/<fleet>/    trials.json: which trials train together; state.safetensors: how far they are
+
+A fleet that was interrupted goes on with the same trials, so that its numbers are those of an undisturbed run.
+"""
+
+import gc
+import hashlib
+import json
+import logging
+import shutil
+import sys
+import time
+import traceback
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from rich.console import Console as Rich
+from rich.table import Table
+
+from delora import cost, results
+from delora.config import NOT_THE_TRIAL, Trial
+from delora.console import Console, duration
+from delora.data.batches import Tokens
+from delora.errors import UserError
+from delora.results import ConfigChanged, InUse, Result, ResultsError, TrialFolder
+from delora.run import choose_device, prepare, read_state, require_all, run_fleet, write_state
+from delora.tracking import Tracking
+
+FLEETS, TRIALS, STATE = ".fleets", "trials.json", "state.safetensors"
+AXES = ("seed", "lr", "lr_factor", "lr_factor_on")  # along which a sweep may grow
+SECONDS_BETWEEN_LOOKS = 2.0  # at the fleets of another process
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Trials that train together."""
+
+    trials: tuple[Trial, ...]
+
+    @property
+    def folder(self) -> Path:
+        names = "\n".join(trial.folder.name for trial in self.trials)
+        return self.trials[0].folder.parent / FLEETS / hashlib.sha256(names.encode()).hexdigest()[:16]
+
+    @property
+    def state(self) -> Path:
+        return self.folder / STATE
+
+    def keep(self) -> None:
+        """Writes down which trials train together."""
+        names = [trial.folder.name for trial in self.trials]
+        results.replace(self.folder / TRIALS, json.dumps(names).encode())
+
+    def forget(self) -> None:
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with suppress(OSError):  # others are in it
+            self.folder.parent.rmdir()
+
+    def halves(self) -> "tuple[Group, Group]":
+        """The group in two, each with its part of the state."""
+        middle = (len(self.trials) + 1) // 2
+        first, second = Group(self.trials[:middle]), Group(self.trials[middle:])
+        stored = read_state(self.state)
+        for half, rows in ((first, slice(None, middle)), (second, slice(middle, None))):
+            half.keep()
+            if stored:
+                tensors, plain = stored
+                lists = {key: value[rows] for key, value in plain.items() if isinstance(value, list)}
+                write_state(half.state, {name: t[rows] for name, t in tensors.items()}, {**plain, **lists})
+        self.forget()
+        return first, second
+
+
+def run(trials: Sequence[Trial]) -> list[Result | None]:
+    """Trains the trials that are not finished yet, as many together as fit, and returns all results.
+
+    Args:
+        trials: any configs; equal ones run once.
+
+    Returns:
+        The results in the order of `trials`, None for a trial that failed.
+
+    Raises:
+        UserError: something is missing, the sweep holds results of another config, or the only trial cannot run.
+        Interrupted: a signal came; the same command goes on from there.
+    """
+    return Sweep(trials).run()
+
+
+def print_plan(trials: Sequence[Trial]) -> None:
+    """What `run` would do: trials, fleets, memory and time, on standard output. Trains nothing and writes nothing."""
+    sweep = Sweep(trials)
+    missing = sweep.missing()
+    require_all(missing)
+    groups = plan(missing, sweep.trials)
+    total, known = 0.0, True
+    table = Table("fleet", "trials", "", "memory", "time", box=None, pad_edge=False)
+    for number, group in enumerate(groups, start=1):
+        trial, tokens = group.trials[0], prepare(group.trials[0])[1]
+        seconds = _seconds(group, sweep, tokens)
+        total, known = total + (seconds or 0), known and seconds is not None
+        memory = "unknown"
+        if trial.model.shape:
+            encoder, each = cost.needed_bytes(trial, trial.model.shape, tokens)
+            memory = f"up to {(encoder + each * len(group.trials)) / 1e9:.1f} GB"
+        about = f"{trial.task.name} {trial.method.name} {trial.model.name}" + (
+            ", begun" if group.state.exists() else ""
+        )
+        table.add_row(str(number), str(len(group.trials)), about, memory, duration(seconds) if seconds else "unknown")
+    Rich(width=None if sys.stdout.isatty() else 200).print(table)
+    print(
+        f"{len(sweep.trials)} trials: {len(sweep.found)} done, {len(missing)} to run in {len(groups)} fleets, "
+        f"roughly {duration(total)}{'' if known else ' and what is unknown'}. Nothing was trained."
+    )
+
+
+def _seconds(group: Group, sweep: "Sweep", tokens: Mapping[str, Tokens]) -> float | None:
+    """As long as a finished fleet of the same company took, or else estimated."""
+    for folder, result in sweep.found.items():
+        if sweep.trials[folder].company == group.trials[0].company:
+            return result["seconds"]["total"] * len(group.trials) / result["fleet_size"]
+    return cost.seconds(group.trials, tokens, choose_device(group.trials[0].device))
+
+
+class Sweep:
+    """The trials of one command, those that are finished and those that failed, by folder."""
+
+    def __init__(self, trials: Sequence[Trial]):
+        self.order = [trial.folder for trial in trials]
+        self.trials = dict(zip(self.order, trials, strict=True))
+        self.found: dict[Path, Result] = {}
+        self.failures: dict[Path, Exception] = {}
+        self.retried: set[Path] = set()
+        _refuse_changes(self.trials.values())
+
+    def missing(self) -> list[Trial]:
+        """The trials that still have to run, as the disk tells."""
+        for folder, trial in self.trials.items():
+            if folder not in self.found and (result := finished(trial)):
+                self.found[folder] = result
+        return [t for folder, t in self.trials.items() if folder not in self.found and folder not in self.failures]
+
+    def run(self) -> list[Result | None]:
+        missing = self.missing()
+        require_all(missing)
+        config = next(iter(self.trials.values()))
+        tracking = Tracking(config.logger.mode if missing else "disabled", config.logger.project)
+        with tracking, Console(list(self.trials.values()), self.found) as self.console:
+            self.tracking = tracking
+            while missing:
+                groups = plan(missing, self.trials)
+                for group in groups:
+                    group.keep()
+                for group in groups:
+                    self._train(group)
+                before, missing = len(missing), self.missing()
+                if len(missing) == before:
+                    time.sleep(SECONDS_BETWEEN_LOOKS)  # another process has them
+        if len(self.trials) == 1 and self.failures:
+            raise next(iter(self.failures.values()))
+        return [self.found.get(folder) for folder in self.order]
+
+    def _train(self, group: Group) -> None:
+        """Trains a group; one that does not fit into memory, or fails, is tried in halves."""
+        too_large = False
+        with ExitStack() as opened:
+            folders = []
+            for trial in group.trials:
+                try:
+                    folder = None if finished(trial) else opened.enter_context(_open(trial))
+                    if folder and group.state.exists() and not folder.left_over:
+                        folder = None  # its records are gone, it starts anew in another fleet
+                    folders.append(folder)
+                except InUse as error:
+                    if len(self.trials) == 1:
+                        raise
+                    self.console.say(str(error).replace("Wait for it,", "Waiting for it;"), once=True)
+                    return
+                except UserError as error:
+                    self._fail(trial, error)
+                    folders.append(None)
+            if not any(folders):
+                group.forget()
+                return
+            try:
+                found = run_fleet(group.trials, folders, group.state, self.console, self.tracking)
+            except ResultsError:
+                raise
+            except UserError as error:
+                for trial in group.trials:
+                    self._fail(trial, error)
+                return
+            except Exception as error:
+                text, too_large = traceback.format_exc(), is_out_of_memory(error)
+                if len(group.trials) == 1:
+                    folders[0].log(text)  # type: ignore[union-attr]
+                    told = "it does not fit into memory" if too_large else f"{type(error).__name__}: {error}"
+                    self._fail(group.trials[0], TrialFailed(f"{told} (log in {group.trials[0].folder})"))
+                    return
+                found = None
+        if found is None:
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            why = "do not fit into memory" if too_large else f"failed ({text.splitlines()[-1]})"
+            self.console.say(f"{len(group.trials)} trials together {why}: going on with half as many")
+            for half in group.halves():
+                self._train(half)
+            return
+        group.forget()
+        for k, result in found.items():
+            trial = group.trials[k]
+            self.found[trial.folder] = result
+            self.console.finished(trial, result)
+
+    def _fail(self, trial: Trial, error: Exception) -> None:
+        if trial.folder in self.found:
+            return
+        if trial.on_error == "retry" and trial.folder not in self.retried and isinstance(error, TrialFailed):
+            self.retried.add(trial.folder)
+            self.console.say(f"{trial.id}: {error}; once more")
+            return
+        self.failures[trial.folder] = error
+        self.console.failed(trial, str(error))
+        if trial.on_error == "stop":
+            raise error
+
+
+class TrialFailed(UserError):
+    """A trial broke off; its log has the traceback."""
+
+    status = 1
+
+
+def finished(trial: Trial) -> Result | None:
+    """The result of a trial that is over: done or diverged."""
+    try:
+        result = results.read(trial.folder).result
+    except ResultsError:
+        return None
+    same = not results.differences(result["config"], trial.resolved(), NOT_THE_TRIAL)
+    return result if same and result["status"] != "failed" else None
+
+
+def plan(missing: Sequence[Trial], known: Mapping[Path, Trial]) -> list[Group]:
+    """Which trials train together: those of an interrupted fleet again, the others by what they have in common.
+
+    Args:
+        missing: the trials that have to run.
+        known: all trials of the command by folder; the finished ones of an interrupted fleet train again with it,
+            unrecorded, so that the others' numbers stay those of an undisturbed run.
+    """
+    left = {trial.folder: trial for trial in missing}
+    groups = []
+    for root in {folder.parent: None for folder in left}:
+        for path in sorted((root / FLEETS).glob(f"*/{TRIALS}")):
+            folders = [root / name for name in json.loads(path.read_text())]
+            begun = path.with_name(STATE).exists()
+            whole = all(folder in (known if begun else left) for folder in folders)
+            if whole and any(folder in left for folder in folders):
+                groups.append(Group(tuple(known[folder] for folder in folders)))
+                for folder in folders:
+                    left.pop(folder, None)
+    companies: dict[str, list[Trial]] = {}
+    for trial in left.values():
+        companies.setdefault(trial.company, []).append(trial)
+    for company in companies.values():
+        largest = company[0].fleet.size or _largest(company[0])
+        count = -(-len(company) // largest)
+        borders = [len(company) * i // count for i in range(count + 1)]
+        groups += [Group(tuple(company[i:j])) for i, j in pairwise(borders)]
+    return groups
+
+
+def _largest(trial: Trial) -> int:
+    return cost.largest_fleet(trial, prepare(trial)[1], choose_device(trial.device))
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception says that memory is used up, on any device."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def _open(trial: Trial) -> TrialFolder:
+    try:
+        return results.open_trial(trial.folder, trial.resolved(), ignore=NOT_THE_TRIAL)
+    except ConfigChanged:
+        if trial.resume != "force":
+            raise
+        results.set_aside(trial.folder)
+        return results.open_trial(trial.folder, trial.resolved(), ignore=NOT_THE_TRIAL)
+
+
+def _refuse_changes(trials: Iterable[Trial]) -> None:
+    """Refuses to add to a sweep what has the same name but another config.
+
+    A sweep may grow by other tasks, methods, seeds and rates, and by more values of any key. What may not be is that
+    a key has, for the same task and method, only values that it did not have before.
+    """
+    by_sweep: dict[Path, list[Trial]] = {}
+    for trial in trials:
+        if trial.sweep and trial.resume != "force":
+            by_sweep.setdefault(trial.folder.parent, []).append(trial)
+    for root, mine in by_sweep.items():
+        known = [config for path in sorted(root.glob("*/")) if (config := results.stored_config(path))]
+        old, new = _values(known), _values([trial.resolved() for trial in mine])
+        changes = {
+            f"  {key}: {_listed(old[cell][key])} → {_listed(values)}": None
+            for cell, keys in new.items()
+            for key, values in keys.items()
+            if old.get(cell, {}).get(key, values).isdisjoint(values)
+        }
+        if changes:
+            told = "\n".join([f"{root} holds trials with another config:", *changes])
+            raise ConfigChanged(f"{told}\n{results.WAYS_ON}")
+
+
+def _values(configs: Sequence[dict]) -> dict[tuple, dict[str, set[str]]]:
+    """The values of each key that is no axis, by task and method."""
+    cells: dict[tuple, dict[str, set[str]]] = {}
+    for config in configs:
+        flat = {key: value for key, value in results.flatten(config).items() if not _is_axis(key)}
+        values = cells.setdefault((flat.get("task.name"), flat.get("method.name")), {})
+        for key, value in flat.items():
+            values.setdefault(key, set()).add(json.dumps(value))
+    return cells
+
+
+def _is_axis(key: str) -> bool:
+    return any(key == axis or key.startswith(f"{axis}.") for axis in (*AXES, *NOT_THE_TRIAL))
+
+
+def _listed(values: set[str]) -> str:
+    return ", ".join(sorted(values))

@@ -1,0 +1,71 @@
+"""Hydra's plugins for `delora-run -m`: Hydra finds them by the name of this folder."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.plugins.launcher import Launcher
+from hydra.types import HydraContext, TaskFunction
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+
+class FleetLauncher(Launcher):
+    """Trains the jobs of a multirun together, as many at a time as can share an encoder.
+
+    A job returns its headline score on validation, or NaN where it failed or diverged.
+    """
+
+    def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
+        self.context, self.config = hydra_context, config
+        self.composed: dict[tuple[str, ...], DictConfig] = {}
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        from delora.cli import train
+
+        configs = self.compose_all(job_overrides)
+        scores = train(configs)
+        jobs = zip(job_overrides, configs, scores, strict=True)
+        return [JobReturn(list(o), cfg=c, status=JobStatus.COMPLETED, _return_value=score) for o, c, score in jobs]
+
+    def compose_all(self, job_overrides: Sequence[Sequence[str]]) -> list[DictConfig]:
+        """The config of each job. Jobs with the same options share one composition, which is what takes time."""
+        parser = OverridesParser.create(self.context.config_loader)
+        parsed = {word: parser.parse_override(word) for word in {word for words in job_overrides for word in words}}
+        return [self._compose([parsed[word] for word in words]) for words in job_overrides]
+
+    def _compose(self, overrides: Sequence[Override]) -> DictConfig:
+        plain = [o for o in overrides if self._is_value(o)]
+        rest = tuple(str(o.input_line) for o in overrides if not self._is_value(o))
+        if rest not in self.composed:
+            self.composed[rest] = self.context.config_loader.load_sweep_config(self.config, list(rest))
+        config = self.composed[rest].copy()
+        for override in plain:
+            OmegaConf.update(config, override.key_or_group, override.value())
+        with open_dict(config):
+            config.pop("hydra")
+        return config
+
+    def _is_value(self, override: Override) -> bool:
+        """Whether a word sets a value, and does not choose an option of a group."""
+        groups = self.context.config_loader.list_groups("")
+        return not (override.is_add() or override.is_delete() or override.is_hydra_override()) and (
+            override.key_or_group not in groups
+        )
+
+
+class FleetSweeper(BasicSweeper):
+    """Hydra's own sweeper, which here writes no file and leaves it to the launcher to compose the jobs."""
+
+    def sweep(self, arguments: list[str]) -> Any:
+        assert self.hydra_context is not None and self.launcher is not None
+        parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
+        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        returns, first = [], 0
+        for batch in self.split_arguments(overrides, self.max_batch_size):
+            returns.append(self.launcher.launch(batch, initial_job_idx=first))
+            _ = [job.return_value for job in returns[-1]]  # raises what a job of another launcher raised
+            first += len(batch)
+        return returns
