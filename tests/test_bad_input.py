@@ -70,13 +70,10 @@ def test_damaged_files_are_reported_together_and_leave_no_result(glue, tmp_path)
     assert not list(tmp_path.rglob("result.json"))
 
 
-def test_long_sentences_are_cut_and_said_to_be(glue, tmp_path):
-    for path in (glue / "RTE").iterdir():  # one row of each is longer than 256 bytes
-        lines = path.read_text().splitlines(keepends=True)
-        path.write_text("".join([lines[0], lines[1].replace(" .\t", f" {'and again ' * 30}.\t", 1), *lines[2:]]))
-    answer = command(*TINY, "task=rte", f"data.dir={glue}", "epochs=1", "batch_size=256", cwd=tmp_path)
+def test_long_sentences_are_cut_and_said_to_be(tmp_path):
+    answer = command(*SMALL, "max_length=16", "epochs=1", cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
-    assert "2 examples are longer than max_length=256 tokens and were cut" in answer.stderr
+    assert "104 of 104 examples are longer than max_length=16 tokens and were cut" in answer.stderr
 
 
 def test_an_example_that_just_fits_is_not_cut():
@@ -128,7 +125,7 @@ def test_a_local_checkpoint_is_used_and_its_hash_checked(checkpoint):
     with pytest.raises(
         UserError, match=rf"model.safetensors is not the expected file[\s\S]*found    sha256 {encoder.sha256}"
     ):
-        load_from(checkpoint, f"model.sha256={'1' * 64}")
+        load_from(checkpoint, f"model.sha256={'a' * 64}")
 
 
 @pytest.mark.parametrize(
@@ -178,8 +175,8 @@ def small_disk(tmp_path) -> Iterator[Path]:
 
 
 def test_a_full_disk_ends_a_run_and_with_more_space_the_same_command_finishes(small_disk, tmp_path):
-    words = [*SMALL, "epochs=30", "log_every=1", f"output_dir={small_disk}"]
-    (small_disk / "filler").write_bytes(b"x" * 30_000)
+    words = [*SMALL, "epochs=8", "log_every=1", f"output_dir={small_disk}"]
+    (small_disk / "filler").write_bytes(b"x" * 44_000)
     full = command(*words, cwd=tmp_path)
     assert full.returncode == 1 and full.stdout == "" and "Traceback" not in full.stderr
     assert "No space left on device" in full.stderr.splitlines()[-1]
@@ -189,7 +186,7 @@ def test_a_full_disk_ends_a_run_and_with_more_space_the_same_command_finishes(sm
     again = command(*words, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
     stored = results.read(small_disk / "x")
-    assert stored.result["status"] == "done" and len(list(stored.steps())) == 120
+    assert stored.result["status"] == "done" and len(list(stored.steps())) == 32
 
 
 def test_an_output_folder_removed_during_a_run_ends_it(tmp_path):

@@ -1,0 +1,639 @@
+"""Reports from results on disk. Expected numbers are worked out by hand, or by NumPy and SciPy beside the code."""
+
+import csv
+import itertools
+import json
+import math
+import re
+import shutil
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree
+from pathlib import Path
+
+import fake_trials
+import numpy as np
+import pytest
+import scipy.stats
+from matplotlib.collections import PathCollection
+
+from delora.errors import UserError
+from delora.report import curves, statistics, tables, trials
+from delora.report.cli import main
+from delora.report.statistics import Curve, Panel
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory) -> Path:
+    """Four methods, five factors, three seeds, with its report; not to be changed."""
+    root = tmp_path_factory.mktemp("outputs") / "robust"
+    fake_trials.sweep(
+        root, methods=("lora", "dora", "delora", "etherplus"), factors=(0.25, 1, 4, 16, 32), seeds=(42, 43, 44)
+    )
+    assert main([str(root)]) == 0
+    return root
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory) -> Path:
+    """1,000 trials; not to be changed."""
+    return fake_trials.sweep(tmp_path_factory.mktemp("outputs") / "many", tasks=fake_trials.TASKS)
+
+
+def panels(root: Path) -> list[Panel]:
+    return statistics.panels(trials.read([root]).trials)
+
+
+def curve(score_FS, factors, validation_FS=None) -> Curve:
+    """A curve of given scores; without trials, whose folders the numbers do not need."""
+    score_FS = np.array(score_FS, float)
+    validation_FS = score_FS if validation_FS is None else np.array(validation_FS, float)
+    seeds = list(range(score_FS.shape[1]))
+    return Curve("a", np.array(factors, float), np.array(factors) * 1e-3, seeds, score_FS, validation_FS,
+                 np.zeros(score_FS.shape, bool), {})  # fmt: skip
+
+
+def rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a table's CSV, below the comment."""
+    comment, *lines = path.read_text(encoding="utf-8").splitlines()
+    assert comment.startswith("# ")
+    return list(csv.DictReader(lines))
+
+
+def score_rows(root: Path, model: str = "minilm") -> dict[str, dict[str, str]]:
+    assert main([str(root), "--only", "table"]) == 0
+    return {row["method"]: row for row in rows(root / "report" / f"scores-{model}-paper-glue.csv")}
+
+
+# --- Numbers
+
+
+def test_best_rate_is_chosen_on_validation():
+    made = curve([[0.9], [0.7], [0.8]], [1, 2, 4], validation_FS=[[0.5], [0.6], [0.55]])
+    assert made.best == 1
+    assert statistics.robustness(made, None, 0.5).best.value == pytest.approx(0.7)
+
+
+def test_best_rate_needs_all_seeds():
+    made = curve([[0.9, math.nan], [0.8, 0.8], [0.7, 0.7]], [1, 2, 4])
+    assert made.best == 1
+    assert not made.best_is_on_edge
+    assert curve([[0.8], [0.7]], [1, 2]).best_is_on_edge
+
+
+@pytest.mark.parametrize(
+    ("scores", "factors", "width", "at_least"),
+    [
+        # 0.90 → 0.80 crosses 0.89 after 0.1 of a decade; 0.895 is tolerated; 0.895 → 0.70 crosses after 0.005 / 0.195
+        ([0.80, 0.90, 0.895, 0.70], [1, 10, 100, 1000], 0.1 + 1 + 0.005 / 0.195, False),
+        ([0.90, 0.88, 0.80], [1, 10, 100], 0.5, True),
+        ([0.80, 0.895, 0.90], [1, 10, 100], 1 + 0.005 / 0.095, True),
+        ([0.90, 0.90], [1, 4], math.log10(4), True),
+        # what lies behind a drop is not reached
+        ([0.70, 0.90, 0.80, 0.90, 0.70], [1, 10, 100, 1000, 10000], 0.01 / 0.2 + 0.01 / 0.1, False),
+        ([0.90], [1], math.nan, False),
+    ],
+)
+def test_tolerated_range(scores, factors, width, at_least):
+    estimate = statistics.robustness(curve([[s] for s in scores], factors), None, 0.5).tolerated
+    assert estimate.value == pytest.approx(width, nan_ok=True)
+    assert estimate.at_least is at_least
+
+
+@pytest.mark.parametrize(
+    ("span", "sensitivity", "drop"),
+    [
+        # shortfalls at 1, 4, 16: 0, 0.1, 0.4 (floored at 0.5): (0 + 0.1) / 4 + (0.1 + 0.4) / 4
+        ((1, 16), 0.15, 0.6),
+        # at 2, 4, 16: 0.05, 0.1, 0.4, over one and two octaves
+        ((2, 16), (0.05 + 0.1) / 2 / 3 + (0.1 + 0.4) / 2 * 2 / 3, 0.6),
+        ((1, 4), 0.05, 0.1),
+        ((0.5, 16), math.nan, math.nan),  # not covered
+        (None, math.nan, math.nan),
+    ],
+)
+def test_sensitivity_and_worst_drop(span, sensitivity, drop):
+    numbers = statistics.robustness(curve([[0.9], [0.8], [0.3]], [1, 4, 16]), span, floor=0.5)
+    assert numbers.sensitivity.value == pytest.approx(sensitivity, nan_ok=True)
+    assert numbers.drop.value == pytest.approx(drop, nan_ok=True)
+
+
+def test_sensitivity_is_the_integral_over_log_rate():
+    generator = np.random.default_rng(1)
+    factors = np.sort(np.exp(generator.uniform(-2, 3, 7)))
+    score_FS = generator.uniform(0.3, 0.9, (7, 4))
+    floored_F = np.maximum(score_FS, 0.5).mean(1)
+    shortfall_F = floored_F[score_FS.mean(1).argmax()] - floored_F
+    expected = np.trapezoid(shortfall_F, np.log(factors)) / np.log(factors[-1] / factors[0])
+    found = statistics.robustness(curve(score_FS, factors), (factors[0], factors[-1]), 0.5).sensitivity
+    assert found.value == pytest.approx(expected)
+    assert found.low < found.value < found.high
+
+
+def test_intervals_of_two_seeds_span_them():
+    """Of the four equally likely draws two hold one seed twice, so both ends lie within a 95 % interval."""
+    mean, low, high = statistics.band(np.array([[0.2, 0.6], [0.5, math.nan]]))
+    assert (mean[0], low[0], high[0]) == pytest.approx((0.4, 0.2, 0.6))
+    assert mean[1] == 0.5 and math.isnan(low[1]) and math.isnan(high[1])
+
+
+def test_intervals_are_scipys():
+    values = np.array([0.81, 0.86, 0.79, 0.9, 0.84])
+    expected = scipy.stats.bootstrap((values,), np.mean, n_resamples=20000, method="percentile").confidence_interval
+    _, low, high = statistics.band(values[None])[:, 0]
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.003)
+
+
+def test_median_and_interquartile_mean():
+    values = np.array([1.0, 2.0, 3.0, 4.0, 100.0])
+    assert statistics.median(values) == 3
+    assert statistics.iqm(values) == 3  # of 2, 3, 4
+    assert statistics.iqm(np.arange(8.0) ** 2) == (4 + 9 + 16 + 25) / 4
+    # the median of three draws is the lowest value in 7 of 27 cases, the highest in 7: both ends are in the interval
+    estimate = statistics.pooled([np.array([0.0, 1.0, 5.0])], statistics.median)
+    assert (estimate.value, estimate.low, estimate.high) == (1, 0, 5)
+
+
+def test_tasks_are_resampled_apart():
+    """Without spread within a task there is none over the tasks."""
+    estimate = statistics.pooled([np.full(5, 0.2), np.full(5, 0.8)], statistics.iqm)
+    assert (estimate.value, estimate.low, estimate.high) == pytest.approx((0.5, 0.5, 0.5))
+
+
+def test_paired_comparison():
+    a = np.array([0.81, 0.82, 0.83, 0.84, 0.85])
+    estimate, p = statistics.paired(a, np.full(5, 0.8))
+    half = 2.7764451 * np.std([1, 2, 3, 4, 5], ddof=1) / 100 / math.sqrt(5)  # Student's t with 4 degrees of freedom
+    assert (estimate.value, estimate.low, estimate.high) == pytest.approx((0.03, 0.03 - half, 0.03 + half))
+    assert p == pytest.approx(0.0132356, rel=1e-4)
+    equal, p = statistics.paired(a, a - 0.1)
+    assert equal.value == pytest.approx(0.1) and math.isnan(equal.low) and math.isnan(p)
+
+
+def test_difference_from_published_is_welchs():
+    ours, shape = np.array([0.88, 0.9, 0.91, 0.87]), np.array([-1.0, -1.0, 0.0, 1.0, 1.0])
+    theirs = 0.87 + 0.012 * shape / shape.std(ddof=1)
+    expected = scipy.stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95)
+    estimate = statistics.unpaired(ours, 0.87, 0.012, 5)
+    assert (estimate.low, estimate.high) == pytest.approx((expected.low, expected.high))
+    assert math.isnan(statistics.unpaired(ours, 0.87, None, 5).low)
+
+
+def test_nothing_is_called_higher_without_an_interval_that_excludes_zero(tmp_path):
+    for seed, (lora, delora) in enumerate([(0.80, 0.84), (0.82, 0.85), (0.81, 0.86)]):
+        fake_trials.write(tmp_path / f"lora-{seed}", lora, method="lora", seed=seed)
+        fake_trials.write(tmp_path / f"delora-{seed}", delora, method="delora", seed=seed)
+        fake_trials.write(tmp_path / f"dora-{seed}", [0.86, 0.8, 0.85][seed], method="dora", seed=seed)
+    (panel,) = panels(tmp_path)
+    shown = {(c.first, c.second): (c.higher, c.difference.value, c.n) for c in statistics.compare(panel)}
+    assert shown["LoRA", "DeLoRA"] == ("DeLoRA", pytest.approx(-0.04), 3)
+    assert shown["DoRA", "DeLoRA"][0] is None
+
+
+# --- Trials
+
+
+def test_a_trial_without_a_score_counts_as_guessing(tmp_path):
+    fake_trials.write(tmp_path / "a", 0.9, seed=1)
+    fake_trials.write(tmp_path / "b", None, seed=2, status="diverged")
+    fake_trials.write(tmp_path / "c", 0.0, seed=1, task="cola")
+    fake_trials.write(tmp_path / "d", None, seed=2, task="cola")  # Matthews of constant predictions
+    mrpc, cola = panels(tmp_path)
+    assert mrpc.curves[0].score_FS.tolist() == [[0.9, 279 / 408]]
+    assert cola.curves[0].score_FS.tolist() == [[0.0, 0.0]]
+    assert mrpc.curves[0].scoreless_FS.tolist() == cola.curves[0].scoreless_FS.tolist() == [[False, True]]
+
+
+def test_score_is_the_protocols(tmp_path):
+    fake_trials.write(tmp_path / "a", 0.9, validation=0.7)
+    fake_trials.write(tmp_path / "b", 0.9, validation=0.7, protocol="standard")
+    assert [(t.protocol, t.score) for t in trials.read([tmp_path]).trials] == [("paper", 0.9), ("standard", 0.7)]
+
+
+def test_factors_and_rates(tmp_path):
+    given = [
+        ({"factor": 4.0}, ("LoRA", 4.0, 2.4e-3)),  # lr itself varied
+        ({"method": "delora", "lr_factor": 0.25, "lr_factor_on": "all"}, ("DeLoRA", 0.25, 1.5e-3)),
+        ({"method": "delora", "lr_factor": 1.0, "lr_factor_on": "all"}, ("DeLoRA", 1.0, 6e-3)),
+        (
+            {"method": "delora", "lr_factor": 8.0, "lr_factor_on": "adapter"},
+            ("DeLoRA (factor on BA)", 8.0, 4.8e-2),
+        ),
+        ({"method": "delora", "lr_factor": 8.0, "lr_factor_on": "lambda"}, ("DeLoRA (factor on λ)", 8.0, 8e-2)),
+    ]
+    for i, (settings, _) in enumerate(given):
+        fake_trials.write(tmp_path / str(i), 0.8, **settings)
+    found = trials.read([tmp_path]).trials
+    assert [(t.label, t.factor, pytest.approx(t.rate)) for t in found] == [expected for _, expected in given]
+
+
+def test_trials_of_another_base_rate_are_another_variant(tmp_path):
+    for lr, factor in itertools.product((1e-3, 2e-3), (1.0, 4.0)):
+        fake_trials.write(tmp_path / f"{lr}-{factor}", 0.8, lr=lr, lr_factor=factor)
+    found = trials.read([tmp_path]).trials
+    assert {(t.label, t.factor) for t in found} == set(
+        itertools.product(("LoRA (lr 0.001)", "LoRA (lr 0.002)"), (1.0, 4.0))
+    )
+
+
+def test_variants_are_told_apart(tmp_path):
+    fixed = fake_trials.config(method="dora")["method"] | {"train_magnitude": False}
+    fake_trials.write(tmp_path / "a", 0.8, method="dora")
+    (path := fake_trials.write(tmp_path / "b", 0.8, method="dora") / "result.json")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"config": fake_trials.config() | {"method": fixed}}))
+    fake_trials.write(tmp_path / "c", 0.8, method="delora-zero")
+    fake_trials.write(tmp_path / "d", 0.8, epochs=5)
+    fake_trials.write(tmp_path / "e", 0.8, epochs=10)
+    labels = [t.label for t in trials.read([tmp_path]).trials]
+    assert labels == ["DoRA", "DoRA (fixed magnitude)", "DeLoRA (zero)", "LoRA (epochs 5)", "LoRA (epochs 10)"]
+
+
+def test_what_is_damaged_or_foreign_is_named_and_left_out(tmp_path, capsys):
+    for name in ("good", "repeated", "cut", "foreign", "unfinished", "other-config", "no-metrics"):
+        fake_trials.write(tmp_path / name, 0.9, seed={"good": 1, "repeated": 1}.get(name, 2))
+    fake_trials.write(tmp_path / "failed", None, status="failed")
+    (tmp_path / "cut" / "result.json").write_text('{"schema": 1, "id"')
+    (tmp_path / "foreign" / "result.json").write_text('{"accuracy": 1.0}')
+    (tmp_path / "unfinished" / "result.json").unlink()
+    path = tmp_path / "other-config" / "result.json"
+    path.write_text(path.read_text().replace('"epochs": 10, "batch_size"', '"epochs": "ten", "batch_size"'))
+    (tmp_path / "no-metrics" / "metrics.jsonl").unlink()
+    assert main([str(tmp_path)]) == 0
+    output = capsys.readouterr()
+    left_out = [line for line in output.err.splitlines() if "left out" in line]
+    for name, reason in {
+        "cut": "Expecting",
+        "foreign": "not a result of delora-run",
+        "unfinished": "not finished",
+        "failed": "failed",
+        "other-config": "config has epochs=ten",
+        "no-metrics": "No such file",
+        "repeated": "the same trial as",
+    }.items():
+        assert any(f"/{name}" in line and reason in line for line in left_out), (name, left_out)
+    assert len(left_out) == 7
+    assert "| LoRA   |     0.074M |   1 | 90.0 |" in output.out
+    assert "not a result of delora-run" in (tmp_path / "report" / "index.html").read_text()
+
+
+def test_a_deleted_trial_is_missed(tmp_path, sweep):
+    shutil.copytree(sweep, tmp_path / "robust")
+    before = score_rows(tmp_path / "robust")["DeLoRA"]
+    best = float(before["MRPC factor"])
+    shutil.rmtree(tmp_path / "robust" / f"mrpc-delora-{best:g}-43")
+    scores = [
+        json.loads((sweep / f"mrpc-delora-{best:g}-{seed}" / "result.json").read_text())["best"]["test"]["accuracy"]
+        for seed in (42, 43, 44)
+    ]
+    assert float(before["MRPC"]) == pytest.approx(100 * np.mean(scores))
+    assert float(before["MRPC std"]) == pytest.approx(100 * np.std(scores, ddof=1))
+    assert before["n"] == "3"
+    for factor in fake_trials.FACTORS:  # the rates with three seeds would win over the one with two
+        if factor != best:
+            shutil.rmtree(tmp_path / "robust" / f"mrpc-delora-{factor:g}-43", ignore_errors=True)
+    after = score_rows(tmp_path / "robust")["DeLoRA"]
+    assert after["n"] == "2"
+    assert float(after["MRPC"]) == pytest.approx(100 * np.mean([scores[0], scores[2]]))
+
+
+def test_overlapping_folders_count_once(sweep):
+    assert len(trials.read([sweep, sweep / "mrpc-lora-1-42", sweep / "."]).trials) == 60
+
+
+# --- Tables
+
+
+def test_published_rows_are_the_papers(shared):
+    text = (shared / "paper" / "delora.md").read_text(encoding="utf-8")
+    lines = [[cell.strip() for cell in line.strip("| ").split("|")] for line in text.splitlines() if line[:1] == "|"]
+    head = next(line for line in lines if line[0] == "method")
+    columns = [name.lower().replace("-", "") for name in head[2:-1]]
+    paper = {}
+    for line in lines[lines.index(head) + 2 : lines.index(head) + 11]:
+        scores = {task: [float(x) for x in cell.split("±")] for task, cell in zip(columns, line[2:-1], strict=True)}
+        paper[line[0]] = (line[1], scores, float(line[-1]))
+    ours = {row["name"]: (row["parameters"], row["scores"], row["average"]) for row in statistics.published()["rows"]}
+    assert ours == paper
+    epochs = next(line for line in lines if line[0] == "epochs")
+    assert statistics.published()["epochs"] == dict(zip(columns, map(int, epochs[1:]), strict=True))
+    for row in tables._published_rows(columns):
+        assert row[-1].values[""] == pytest.approx(paper[row[0].text][2], abs=0.051)
+
+
+@pytest.mark.parametrize(("task", "column"), [("mrpc", "Quality"), ("rte", "label"), ("sst2", "label")])
+def test_guessing_is_the_most_frequent_class(shared, task, column):
+    path = shared / "glue" / tables.task_name(task) / "dev.tsv"
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        labels = [row[column] for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
+    assert statistics.guessing(task, "glue") == max(map(labels.count, set(labels))) / len(labels)
+
+
+def test_only_the_same_encoder_stands_beside_published_rows(tmp_path):
+    roberta = {"name": "roberta_base", "source": "FacebookAI/roberta-base"}
+    scores = {"lora": [0.89, 0.91], "delora": [0.9, 0.9]}
+    for (method, values), seed in itertools.product(scores.items(), (0, 1)):
+        fake_trials.write(tmp_path / f"{method}-{seed}", values[seed], method=method, seed=seed, model=roberta)
+        fake_trials.write(tmp_path / f"minilm-{method}-{seed}", 0.85, method=method, seed=seed)
+        data = {"name": "synthetic", "seed": 0}
+        fake_trials.write(tmp_path / f"s-{method}-{seed}", 0.8, method=method, seed=seed, model=roberta, data=data)
+    made = {table.name: table for table in tables.all_tables(panels(tmp_path))}
+    beside = made["scores-roberta_base-paper-glue".replace("_", "-")]
+    by_method = {row[0].text: row for row in beside.rows}
+    assert by_method["LoRA − published"][3].values[""] == pytest.approx(90.0 - 88.7)
+    assert by_method["DeLoRA − published"][3].text.startswith("+1.0 [")
+    assert by_method["DeLoRA (published)"][3].text == "89.0 ± 0.96"
+    assert "Known to differ here: the seeds, the epochs." in beside.caption
+    for name in ("scores-minilm-paper-glue", "scores-roberta-base-paper-synthetic"):
+        assert [row[0].text for row in made[name].rows] == ["LoRA", "DeLoRA"]
+    assert "not comparable" in made["published"].caption and "minilm" in made["published"].caption
+    assert "synthetic, not GLUE's" in made["scores-roberta-base-paper-synthetic"].caption
+
+
+def test_missing_cells_stay_visible(tmp_path):
+    for task, method, seed in itertools.product(("mrpc", "rte"), ("lora", "delora"), (1, 2)):
+        if (task, method) != ("rte", "delora") and (task, method, seed) != ("rte", "lora", 2):
+            fake_trials.write(tmp_path / f"{task}-{method}-{seed}", 0.8, task=task, method=method, seed=seed)
+    table = tables.all_tables(panels(tmp_path))[0]
+    assert [[cell.text for cell in row] for row in table.rows] == [
+        ["LoRA", "0.074M", "2", "80.0 ± 0.00", "80.0 (n=1)", "80.0"],
+        ["DeLoRA", "0.074M", "2", "80.0 ± 0.00", "—", "—"],
+    ]
+
+
+def test_caption_states_the_protocol(sweep):
+    caption = tables.all_tables(panels(sweep))[0].caption
+    for fact in (
+        "minilm",
+        "test half",
+        "accuracy",
+        "Epochs 10",
+        "length 256",
+        "float32",
+        "init residual",
+        "42, 43, 44",
+    ):
+        assert fact in caption
+
+
+def test_best_rate_on_the_edge_is_flagged(tmp_path, capsys):
+    for factor, score in ((1, 0.8), (2, 0.85), (4, 0.9)):
+        fake_trials.write(tmp_path / str(factor), score, factor=factor)
+    assert main([str(tmp_path), "--only", "table"]) == 0
+    output = capsys.readouterr()
+    assert "the best rate of LoRA, 0.0024 (factor 4), is the edge of its grid: try higher rates" in output.err
+    assert "4 (edge of the grid)" in output.out
+
+
+def test_forms_hold_the_same_numbers(sweep, capsys):
+    for form, pattern in {
+        "markdown": r"\| DeLoRA +\|.*?\| +([\d.]+) ± ([\d.]+) \|",
+        "latex": r"DeLoRA & [^&]+ & 3 & ([\d.]+) \$\\pm\$ ([\d.]+) &",
+        "csv": r"\nDeLoRA,73728,3,([\d.]+),([\d.]+),",
+    }.items():
+        assert main([str(sweep), "--only", "table", "--format", form]) == 0
+        found = re.search(pattern, capsys.readouterr().out)
+        assert found, form
+        mean, std = map(float, found.groups())
+        expected = score_rows(sweep)["DeLoRA"]
+        capsys.readouterr()
+        assert mean == pytest.approx(float(expected["MRPC"]), abs=0.05)
+        assert std == pytest.approx(float(expected["MRPC std"]), abs=0.005)
+
+
+def test_latex_is_escaped(sweep):
+    text = (sweep / "report" / "tables.tex").read_text(encoding="utf-8")
+    assert not re.search(r"(?<!\\)[&%#_](?![^\n]*\\\\)", text.replace("{%\n", "").replace("tab:", ""))
+    assert text.count(r"\begin{tabular}") == text.count(r"\bottomrule") == text.count(r"\end{table}") > 3
+    text.replace("‖", "").replace("′", "").encode("ascii")  # all else is LaTeX's own
+
+
+# --- Curves
+
+
+def test_curves_show_every_trial_and_the_means(sweep):
+    made = panels(sweep)
+    axis = curves._by_rate(made, "factor").axes[0]
+    lines = {line.get_color(): line for line in axis.get_lines()}
+    points = [collection for collection in axis.collections if isinstance(collection, PathCollection)]
+    assert sum(len(collection.get_offsets()) for collection in points) == 60
+    for shown in made[0].curves:
+        line = lines[curves.STYLES[shown.label].color]
+        assert line.get_xdata().tolist() == [0.25, 1, 4, 16, 32]
+        expected = []
+        for factor in ("0.25", "1", "4", "16", "32"):
+            scores = []
+            for seed in (42, 43, 44):
+                name = f"mrpc-{shown.label.lower().replace('+', 'plus')}-{factor}-{seed}"
+                result = json.loads((sweep / name / "result.json").read_text())
+                done = result["status"] == "done"
+                scores.append(result["best"]["test"]["accuracy"] if done else 279 / 408)
+            expected.append(100 * np.mean(scores))
+        assert line.get_ydata() == pytest.approx(expected)
+
+
+def test_distance_of_the_chosen_layers(tmp_path):
+    fake_trials.write(tmp_path / "a", 0.8, factor=1, distance=2.0)
+    fake_trials.write(tmp_path / "b", 0.8, factor=2, distance=3.0)
+    n = len(fake_trials.LAYERS)
+    for layer, scale in ((None, (n + 1) / 2), ("layer.1.attention.self.query", 3), ("query", (1 + n - 1) / 2)):
+        (panel,) = statistics.panels(trials.read([tmp_path], layer).trials)
+        assert curves.distances(panel.curves[0])[:, 0] == pytest.approx([2 * scale, 3 * scale])
+    assert main([str(tmp_path), "--only", "curves", "--layer", "layer.1.*.query"]) == 0
+    assert (tmp_path / "report" / "distance_by_factor-layer.1.x.query.svg").exists()
+
+
+def test_pictures_are_whole_and_repeatable(sweep, tmp_path):
+    report = sweep / "report"
+    names = ("score_by_factor", "score_by_rate", "distance_by_factor", "training")
+    for name in names:
+        assert (report / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (report / f"{name}.pdf").read_bytes().rstrip().endswith(b"%%EOF")
+        assert xml.etree.ElementTree.parse(report / f"{name}.svg").getroot().tag.endswith("svg")
+    assert main([str(sweep), "--only", "curves", "--output", str(tmp_path / "again")]) == 0
+    for name in names:
+        assert (tmp_path / "again" / f"{name}.svg").read_bytes() == (report / f"{name}.svg").read_bytes()
+
+
+def test_methods_differ_without_colour():
+    look = curves.styles([*curves.STYLES, *(f"new {i}" for i in range(12))])
+    assert len({(style.marker, style.dash) for style in look.values()}) == 18
+    assert len({style.marker for label, style in look.items() if label in curves.STYLES}) == 6
+
+
+def test_scores_over_training_are_drawn_at_one_factor(sweep, capsys):
+    (panel,) = panels(sweep)
+    lora = panel.curves[0]
+    shown = curves.shown_factor(lora, 4.0)
+    assert lora.factors_F[shown] == 4
+    values = curves.history(lora, shown, panel.floor)
+    assert values.steps_E.tolist() == [115 * i for i in range(len(values.steps_E))]
+    assert main([str(sweep), "--factor", "3"]) == 2
+    assert "The factors are 0.25, 1, 4, 16, 32" in capsys.readouterr().err
+
+
+# --- The command
+
+
+def test_mistakes_are_explained(tmp_path, sweep, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("")
+    for arguments, message in (
+        ([str(tmp_path / "nowhere")], "no such folder"),
+        ([str(tmp_path / "empty")], "no finished trial"),
+        ([str(sweep), "--range", "4", "1"], "the lower one first"),
+        ([str(sweep), "--layer", "qurey"], "no adapted layer is named so. The layers: encoder.layer.0"),
+        ([str(sweep), "--output", str(tmp_path / "file" / "report")], "cannot be written"),
+    ):
+        assert main(arguments) == 2
+        error = capsys.readouterr().err
+        assert error.splitlines()[-1].startswith("delora-report: error: ") or "no finished" in error
+        assert message in error and "Traceback" not in error
+    with pytest.raises(UserError):
+        trials.read([tmp_path / "empty"])
+    with pytest.raises(SystemExit) as stop:
+        main([str(sweep), "--only", "picture"])
+    assert stop.value.code == 2
+
+
+def test_several_folders_share_a_report(tmp_path, capsys):
+    fake_trials.write(tmp_path / "a" / "1", 0.8, seed=1)
+    fake_trials.write(tmp_path / "b" / "2", 0.9, seed=2)
+    assert main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+    assert str(tmp_path / "report" / "index.html") in capsys.readouterr().out
+    assert rows(tmp_path / "report" / "scores-minilm-paper-glue.csv")[0]["MRPC"] == "85"
+
+
+def test_reports_import_no_torch(sweep, tmp_path):
+    code = (
+        "import sys; from delora.report.cli import main; status = main(sys.argv[1:]);"
+        "sys.exit(status or ', '.join({'torch', 'transformers', 'datasets'} & sys.modules.keys()) or 0)"
+    )
+    command = [sys.executable, "-c", code, str(sweep), "--output", str(tmp_path)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+
+
+def test_a_thousand_trials_are_read_in_seconds(many):
+    start = time.perf_counter()
+    found = trials.read([many])
+    assert time.perf_counter() - start < 5
+    assert len(found.trials) == 1000
+
+
+# --- The page
+
+
+def browse(page: Path, script: str, folder: Path) -> dict:
+    """Opens a page in a headless browser, runs a script that fills `out`, and returns `out`; fails on an error."""
+    browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if not browser:
+        pytest.skip("no Chromium or Chrome is installed: the page cannot be looked at")
+    test_page = page.with_name(f"{page.stem}-tested.html")
+    before = "<script>const out = {errors: []}; onerror = message => { out.errors.push(message); };</script>"
+    after = f"<script>{script}\ndocument.body.replaceChildren(JSON.stringify(out));</script>"
+    test_page.write_text(before + page.read_text(encoding="utf-8") + after, encoding="utf-8")
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+    command = [
+        browser,
+        *flags,
+        f"--user-data-dir={folder}",
+        "--enable-logging=stderr",
+        "--dump-dom",
+        test_page.as_uri(),
+    ]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    test_page.unlink()
+    assert "CONSOLE" not in run.stderr, run.stderr
+    body = re.search(r"<body[^>]*>(.*)</body>", run.stdout, re.DOTALL)
+    assert body, run.stdout[-500:] + run.stderr[-2000:]
+    found = json.loads(body[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&"))
+    assert found["errors"] == []
+    return found
+
+
+LOOK = """
+const sections = [...document.querySelectorAll("section")];
+out.ready = +document.documentElement.dataset.ready;
+out.views = [...document.querySelectorAll("#views button")].map(button => button.textContent);
+out.curves = {};
+for (const button of document.querySelectorAll("#views button")) {
+  button.click();
+  const paths = [...document.querySelectorAll("#charts path")];
+  out.curves[button.textContent] = {
+    lines: document.querySelectorAll("#charts path.mean").length,
+    trials: document.querySelectorAll("#charts [data-t]").length,
+    broken: paths.filter(path => /NaN|Infinity|undefined/.test(path.getAttribute("d"))).length,
+  };
+}
+document.querySelector("#views button").click();
+const point = document.querySelector("#charts [data-t]");
+point.dispatchEvent(new MouseEvent("mousemove", { bubbles: true, clientX: 100, clientY: 100 }));
+out.hint = document.getElementById("hint").hidden ? "" : document.getElementById("hint").textContent;
+document.querySelector("#legend input").click();
+out.withoutOne = document.querySelectorAll("#charts path.mean").length;
+const table = sections.find(section => section.firstChild.textContent === "Trials"), heads = [...table.querySelectorAll("th")];
+const column = name => {
+  const place = heads.findIndex(th => th.textContent === name);
+  heads[place].firstChild.click();
+  return [...table.querySelectorAll("tbody tr")].map(row => row.cells[place].textContent);
+};
+out.ascending = column("score");
+out.descending = column("score");
+out.methods = column("method");
+const row = table.querySelector("tbody tr");
+out.row = row.cells[2].textContent + " " + row.cells[5].textContent;
+row.click();
+const dialog = document.getElementById("trial");
+out.open = dialog.open;
+out.facts = Object.fromEntries([...dialog.querySelectorAll("tr")].map(tr => [...tr.cells].map(td => td.textContent)));
+out.links = [...dialog.querySelectorAll("a")].map(a => a.getAttribute("href"));
+"""
+
+
+def test_page_works_in_a_browser(sweep, tmp_path):
+    page = sweep / "report" / "index.html"
+    found = browse(page, LOOK, tmp_path)
+    assert found["views"] == ["score by factor", "score by rate", "distance by factor", "distance by rate",
+                              "score over training", "distance over training", "λ over training"]  # fmt: skip
+    assert found["curves"]["score by factor"] == {"lines": 4, "trials": 60, "broken": 0}
+    assert found["curves"]["score over training"] == {"lines": 4, "trials": 12, "broken": 0}
+    assert found["curves"]["λ over training"]["lines"] == 1
+    assert not any(view["broken"] for view in found["curves"].values())
+    assert re.match(r"LoRA, seed 42\nlr 1.5e-4, done\nvalidation accuracy [\d.]+ %\ntest accuracy", found["hint"])
+    assert found["withoutOne"] == 3
+    scores = [float(text) for text in found["ascending"] if text != "—"]
+    assert scores == sorted(scores) and len(found["ascending"]) == 60
+    assert [float(text) for text in found["descending"] if text != "—"] == scores[::-1]
+    lost = len(found["ascending"]) - len(scores)
+    assert lost and found["descending"][-lost:] == ["—"] * lost
+    assert found["methods"] == sorted(found["methods"])
+    assert found["open"] and found["row"].startswith("DeLoRA")
+    assert found["facts"]["config.method.lambda_init"] == "4" and found["facts"]["made_by.commit"] == "f" * 40
+    assert found["facts"]["id"].startswith("mrpc-delora-")
+    for link in found["links"]:
+        assert (page.parent / link).exists() or link.endswith("log.txt"), link
+
+
+def test_page_of_a_thousand_trials_is_fluid(many, tmp_path):
+    assert main([str(many), "--only", "page"]) == 0
+    page = many / "report" / "index.html"
+    assert page.stat().st_size < 3e6
+    found = browse(page, LOOK, tmp_path)
+    assert found["ready"] < 2000
+    assert found["curves"]["score by factor"]["trials"] == 1000
+
+
+def test_page_needs_nothing_else(sweep):
+    text = (sweep / "report" / "index.html").read_text(encoding="utf-8")
+    assert "<!--FILL" not in text
+    assert not re.search(r"""(src|href)=["']?(https?:)?//|@import|url\(|fetch\(|XMLHttpRequest""", text)
+
+
+def test_names_cannot_break_the_page(tmp_path):
+    model = {"name": "</script><b>&\"'", "source": "<!--FILL DATA-->"}
+    fake_trials.write(tmp_path / "a #1%", 0.8, model=model)
+    assert main([str(tmp_path), "--only", "page"]) == 0
+    text = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert text.count("</script>") == 2 and "<b>" not in text
+    assert 'href="../a%20%231%25/"' in text
