@@ -81,7 +81,9 @@ def write(
     validation = score if validation is None else validation
     split = {"loss": 0.4, headline: validation}
     test = {headline: score} if made["protocol"]["name"] == "paper" else None
-    best = {"epoch": evaluations - 1, "step": 115 * (evaluations - 1), "validation": split, "test": test}
+    epoch = max(0, evaluations - 1)
+    best = {"epoch": epoch, "step": 115 * epoch, "validation": split, "test": test}
+    unscored = status == "failed" or not evaluations
     origin = {"source": "files", "sha256": "d" * 64}
     result = {
         "schema": 1,
@@ -90,8 +92,8 @@ def write(
         "status": status,
         "config": made,
         "headline": headline,
-        "best": None if status == "failed" else best,
-        "last": None if status == "failed" else best | {"test": None},
+        "best": None if unscored else best,
+        "last": None if unscored else best | {"test": None},
         "diverged_step": 230 if status == "diverged" else None,
         "epochs": made["epochs"],
         "steps": 115 * made["epochs"],

@@ -1,6 +1,6 @@
 """Input that cannot be used, and disks that fail: a clear message, a status that is not 0, nothing half-written.
 
-Damaged TSV files are in test_data_glue.py, values out of bounds in test_config.py, single writes in test_results.py.
+Single faults of TSV files are in test_data_glue.py, of values in test_config.py, of writes in test_results.py.
 """
 
 import os
@@ -68,12 +68,6 @@ def test_damaged_files_are_reported_together_and_leave_no_result(glue, tmp_path)
     assert f"{train}: line 8: label 'neutral', expected entailment or not_entailment" in answer.stderr
     assert f"{dev}: " in answer.stderr and "expected 277 (rte validation)" in answer.stderr
     assert not list(tmp_path.rglob("result.json"))
-
-
-def test_long_sentences_are_cut_and_said_to_be(tmp_path):
-    answer = command(*SMALL, "max_length=16", "epochs=1", cwd=tmp_path)
-    assert answer.returncode == 0, answer.stderr
-    assert "104 of 104 examples are longer than max_length=16 tokens and were cut" in answer.stderr
 
 
 def test_an_example_that_just_fits_is_not_cut():
@@ -207,4 +201,4 @@ def test_an_output_folder_removed_during_a_run_ends_it(tmp_path):
 def test_an_output_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     answer = command(*SMALL, "output_dir=file/deeper", cwd=tmp_path)
-    assert answer.returncode == 2 and "file" in answer.stderr and "Traceback" not in answer.stderr
+    assert answer.returncode in (1, 2) and "file/deeper" in answer.stderr and "Traceback" not in answer.stderr

@@ -119,23 +119,20 @@ def test_all_faults_of_a_command_come_together(delora_run, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("network", ["none", "silent"])
-def test_what_is_missing_is_one_error_with_the_commands_that_work(delora_run, tmp_path, network):
+@pytest.mark.parametrize("answers", ["refused", "silent"])
+def test_what_is_missing_is_one_error_with_the_commands_that_work(delora_run, tmp_path, answers):
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        if network == "silent":
+        if answers == "silent":
             listener.listen()  # the system accepts connections, nobody ever answers
-        endpoint = f"http://127.0.0.1:{listener.getsockname()[1]}"
-        begun = time.monotonic()
-        answer = command(
-            delora_run,
-            *("task=mrpc", "method=delora", "lr=1e-3"),
-            cwd=tmp_path,
-            HF_ENDPOINT=endpoint,
-            HF_HOME=str(tmp_path / "cache"),
-            HF_HUB_OFFLINE="0",
-        )
-        assert time.monotonic() - begun < 10
+        network = {"HF_ENDPOINT": f"http://127.0.0.1:{listener.getsockname()[1]}", "HF_HUB_OFFLINE": "0"}
+        for _ in range(3):  # the machine may be busy
+            begun = time.monotonic()
+            words = ("task=mrpc", "method=delora", "lr=1e-3")
+            answer = command(delora_run, *words, cwd=tmp_path, HF_HOME=str(tmp_path / "cache"), **network)
+            if (seconds := time.monotonic() - begun) < 10:
+                break
+        assert seconds < 10
     assert answer.returncode == 2 and answer.stdout == ""
     assert answer.stderr.count("error:") == 1 and "Traceback" not in answer.stderr
     assert "nyu-mll/glue is not in the Hugging Face cache" in answer.stderr
@@ -145,6 +142,10 @@ def test_what_is_missing_is_one_error_with_the_commands_that_work(delora_run, tm
         "hf download FacebookAI/roberta-base",
     ):
         assert f"    {words} " in answer.stderr
+    ways = re.findall(r"^    delora-run (.+?)(?:   .*)?$", answer.stderr, re.MULTILINE)
+    assert any({"model=minilm", "data=synthetic"} <= {*words.split()} for words in ways)
+    for words in ways:
+        assert command(delora_run, *words.split(), "--cfg", "job", cwd=tmp_path).returncode == 0
     assert not list(tmp_path.rglob("result.json"))
 
 
@@ -152,6 +153,7 @@ def test_a_run_and_what_the_same_name_does_afterwards(delora_run, tmp_path):
     words = [*TINY, "epochs=2", "name=a"]
     first = command(delora_run, *words, cwd=tmp_path)
     assert first.returncode == 0 and "Traceback" not in first.stderr, first.stderr
+    assert re.search(r"104 .*max_length=64 .*\bcut\b", first.stderr)  # a byte is a token of model=tiny
     assert "synthetic" in first.stdout and first.stdout.endswith("results in outputs/a\n")
     stored = results.read(tmp_path / "outputs" / "a")
     assert stored.result["status"] == "done" and stored.result["made_by"]["data"]["source"] == "synthetic"

@@ -205,6 +205,30 @@ def test_a_trial_without_a_score_counts_as_guessing(tmp_path):
     assert mrpc.curves[0].scoreless_FS.tolist() == cola.curves[0].scoreless_FS.tolist() == [[False, True]]
 
 
+def test_a_trial_that_diverged_at_once_counts(tmp_path):
+    fake_trials.write(tmp_path / "a", 0.9, seed=1)
+    fake_trials.write(tmp_path / "b", None, seed=2, status="diverged", evaluations=0)
+    (panel,) = panels(tmp_path)
+    assert panel.curves[0].score_FS.tolist() == [[0.9, 279 / 408]]
+    _, score_ES = curves.over_training(panel.curves[0], 0, "score", panel.floor)
+    assert score_ES[:, 1] == pytest.approx(100 * 279 / 408)
+    assert main([str(tmp_path), "--only", "page"]) == 0
+
+
+def test_training_the_head_alone_is_a_reference(tmp_path):
+    fake_trials.write(tmp_path / "a", 0.9)
+    for name, factor, score in (("b", 1, 0.7), ("c", 2, 0.72)):
+        path = fake_trials.write(tmp_path / name, score, factor=factor) / "result.json"
+        result = json.loads(path.read_text())
+        result["config"]["method"]["name"] = "head"
+        result["parameters"]["adapter"] = 0
+        path.write_text(json.dumps(result))
+    (panel,) = panels(tmp_path)
+    assert panel.references == {"guessing": 279 / 408, "head only": 0.72}
+    assert len(panel.trials) == 3
+    assert [shown.label for shown in panel.curves] == ["LoRA"]
+
+
 def test_score_is_the_protocols(tmp_path):
     fake_trials.write(tmp_path / "a", 0.9, validation=0.7)
     fake_trials.write(tmp_path / "b", 0.9, validation=0.7, protocol="standard")
@@ -229,12 +253,15 @@ def test_factors_and_rates(tmp_path):
 
 
 def test_trials_of_another_base_rate_are_another_variant(tmp_path):
-    for lr, factor in itertools.product((1e-3, 2e-3), (1.0, 4.0)):
-        fake_trials.write(tmp_path / f"{lr}-{factor}", 0.8, lr=lr, lr_factor=factor)
-    found = trials.read([tmp_path]).trials
-    assert {(t.label, t.factor) for t in found} == set(
-        itertools.product(("LoRA (lr 0.001)", "LoRA (lr 0.002)"), (1.0, 4.0))
-    )
+    for lr, factor in itertools.product((6e-3, 2.4e-2), (1.0, 4.0)):
+        fake_trials.write(tmp_path / f"{lr}-{factor}", 0.8, method="delora", lr=lr, lr_factor=factor)
+    found = {(t.label, t.factor): t.rate for t in trials.read([tmp_path]).trials}
+    assert found == {
+        ("DeLoRA (lr 0.006)", 1): 6e-3,
+        ("DeLoRA (lr 0.006)", 4): 2.4e-2,
+        ("DeLoRA (lr 0.024)", 4): 2.4e-2,
+        ("DeLoRA (lr 0.024)", 16): 9.6e-2,
+    }
 
 
 def test_variants_are_told_apart(tmp_path):
@@ -259,9 +286,10 @@ def test_what_is_damaged_or_foreign_is_named_and_left_out(tmp_path, capsys):
     path = tmp_path / "other-config" / "result.json"
     path.write_text(path.read_text().replace('"epochs": 10, "batch_size"', '"epochs": "ten", "batch_size"'))
     (tmp_path / "no-metrics" / "metrics.jsonl").unlink()
-    assert main([str(tmp_path)]) == 0
+    assert main([str(tmp_path), "--only", "page"]) == 0
+    assert main([str(tmp_path), "--only", "table"]) == 0
     output = capsys.readouterr()
-    left_out = [line for line in output.err.splitlines() if "left out" in line]
+    left_out = {line for line in output.err.splitlines() if "left out" in line}
     for name, reason in {
         "cut": "Expecting",
         "foreign": "not a result of delora-run",
@@ -350,6 +378,17 @@ def test_only_the_same_encoder_stands_beside_published_rows(tmp_path):
     assert "synthetic, not GLUE's" in made["scores-roberta-base-paper-synthetic"].caption
 
 
+def test_other_options_are_not_the_published_method(tmp_path):
+    roberta = {"name": "roberta_base", "source": "FacebookAI/roberta-base"}
+    for name in ("lora", "delora-zero"):
+        method = fake_trials.config(method=name)["method"] | {"rank": 16}
+        path = fake_trials.write(tmp_path / name, 0.9, model=roberta) / "result.json"
+        result = json.loads(path.read_text())
+        result["config"]["method"] = method
+        path.write_text(json.dumps(result))
+    assert not [row for row in tables.all_tables(panels(tmp_path))[0].rows if "−" in row[0].text]
+
+
 def test_missing_cells_stay_visible(tmp_path):
     for task, method, seed in itertools.product(("mrpc", "rte"), ("lora", "delora"), (1, 2)):
         if (task, method) != ("rte", "delora") and (task, method, seed) != ("rte", "lora", 2):
@@ -413,7 +452,7 @@ def test_latex_is_escaped(sweep):
 
 def test_curves_show_every_trial_and_the_means(sweep):
     made = panels(sweep)
-    axis = curves._by_rate(made, "factor").axes[0]
+    axis = curves._by_rate(made, "factor", "score").axes[0]
     lines = {line.get_color(): line for line in axis.get_lines()}
     points = [collection for collection in axis.collections if isinstance(collection, PathCollection)]
     assert sum(len(collection.get_offsets()) for collection in points) == 60
@@ -438,21 +477,20 @@ def test_distance_of_the_chosen_layers(tmp_path):
     n = len(fake_trials.LAYERS)
     for layer, scale in ((None, (n + 1) / 2), ("layer.1.attention.self.query", 3), ("query", (1 + n - 1) / 2)):
         (panel,) = statistics.panels(trials.read([tmp_path], layer).trials)
-        assert curves.distances(panel.curves[0])[:, 0] == pytest.approx([2 * scale, 3 * scale])
-    assert main([str(tmp_path), "--only", "curves", "--layer", "layer.1.*.query"]) == 0
-    assert (tmp_path / "report" / "distance_by_factor-layer.1.x.query.svg").exists()
+        assert curves.at_rates(panel.curves[0], "distance")[:, 0] == pytest.approx([2 * scale, 3 * scale])
+    names = [name for name, _ in curves._pictures([panel], "layer.1.*.query", None)]
+    assert names[2:] == ["distance_by_factor-layer.1.x.query", "training-layer.1.x.query"]
 
 
-def test_pictures_are_whole_and_repeatable(sweep, tmp_path):
+PICTURES = ("score_by_factor", "score_by_rate", "distance_by_factor", "training")
+
+
+def test_pictures_are_whole(sweep):
     report = sweep / "report"
-    names = ("score_by_factor", "score_by_rate", "distance_by_factor", "training")
-    for name in names:
+    for name in PICTURES:
         assert (report / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (report / f"{name}.pdf").read_bytes().rstrip().endswith(b"%%EOF")
         assert xml.etree.ElementTree.parse(report / f"{name}.svg").getroot().tag.endswith("svg")
-    assert main([str(sweep), "--only", "curves", "--output", str(tmp_path / "again")]) == 0
-    for name in names:
-        assert (tmp_path / "again" / f"{name}.svg").read_bytes() == (report / f"{name}.svg").read_bytes()
 
 
 def test_methods_differ_without_colour():
@@ -466,8 +504,11 @@ def test_scores_over_training_are_drawn_at_one_factor(sweep, capsys):
     lora = panel.curves[0]
     shown = curves.shown_factor(lora, 4.0)
     assert lora.factors_F[shown] == 4
-    values = curves.history(lora, shown, panel.floor)
-    assert values.steps_E.tolist() == [115 * i for i in range(len(values.steps_E))]
+    steps_E, score_ES = curves.over_training(lora, shown, "score", panel.floor)
+    assert steps_E.tolist() == [115 * i for i in range(len(steps_E))]
+    lines = (sweep / "mrpc-lora-4-42" / "metrics.jsonl").read_text().splitlines()
+    evaluations = [json.loads(line) for line in lines if '"evaluation"' in line]
+    assert score_ES[: len(evaluations), 0] == pytest.approx([100 * e["metrics"]["accuracy"] for e in evaluations])
     assert main([str(sweep), "--factor", "3"]) == 2
     assert "The factors are 0.25, 1, 4, 16, 32" in capsys.readouterr().err
 
@@ -499,12 +540,12 @@ def test_mistakes_are_explained(tmp_path, sweep, capsys):
 def test_several_folders_share_a_report(tmp_path, capsys):
     fake_trials.write(tmp_path / "a" / "1", 0.8, seed=1)
     fake_trials.write(tmp_path / "b" / "2", 0.9, seed=2)
-    assert main([str(tmp_path / "a"), str(tmp_path / "b")]) == 0
-    assert str(tmp_path / "report" / "index.html") in capsys.readouterr().out
+    assert main([str(tmp_path / "a"), str(tmp_path / "b"), "--only", "table"]) == 0
+    assert str(tmp_path / "report" / "tables.md") in capsys.readouterr().err
     assert rows(tmp_path / "report" / "scores-minilm-paper-glue.csv")[0]["MRPC"] == "85"
 
 
-def test_reports_import_no_torch(sweep, tmp_path):
+def test_reports_import_no_torch_and_are_the_same_each_time(sweep, tmp_path):
     code = (
         "import sys; from delora.report.cli import main; status = main(sys.argv[1:]);"
         "sys.exit(status or ', '.join({'torch', 'transformers', 'datasets'} & sys.modules.keys()) or 0)"
@@ -512,6 +553,8 @@ def test_reports_import_no_torch(sweep, tmp_path):
     command = [sys.executable, "-c", code, str(sweep), "--output", str(tmp_path)]
     run = subprocess.run(command, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+    for name in (*(f"{name}.svg" for name in PICTURES), "tables.md", "tables.tex"):
+        assert (tmp_path / name).read_bytes() == (sweep / "report" / name).read_bytes()
 
 
 def test_a_thousand_trials_are_read_in_seconds(many):
@@ -572,7 +615,8 @@ point.dispatchEvent(new MouseEvent("mousemove", { bubbles: true, clientX: 100, c
 out.hint = document.getElementById("hint").hidden ? "" : document.getElementById("hint").textContent;
 document.querySelector("#legend input").click();
 out.withoutOne = document.querySelectorAll("#charts path.mean").length;
-const table = sections.find(section => section.firstChild.textContent === "Trials"), heads = [...table.querySelectorAll("th")];
+const table = sections.find(section => section.firstChild.textContent === "Trials");
+const heads = [...table.querySelectorAll("th")];
 const column = name => {
   const place = heads.findIndex(th => th.textContent === name);
   heads[place].firstChild.click();

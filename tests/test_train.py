@@ -1,10 +1,11 @@
 """The loop: the published trajectory, each trial as if alone, divergence, frozen weights."""
 
 import math
+from functools import cache
 
 import pytest
 import torch
-from conftest import compose_trial
+from conftest import compose_trial, conf_folder
 from safetensors.torch import load_file
 
 from delora import pretrained, train
@@ -12,6 +13,7 @@ from delora.data import Rows, load
 from delora.data.batches import Tokens
 from delora.model import ATTENTION, Fleet
 from delora.tasks import TASKS
+from delora.train import make_optimizer
 
 CPU = torch.device("cpu")
 LOSS, MATRICES, STRENGTH = 2e-6, 2e-5, 5e-6
@@ -77,7 +79,7 @@ def test_published_trajectory(shared, monkeypatch, trials, precision):
         assert (parameter[here] - reference).abs().max() <= bound * reference.abs().max(), name
 
 
-def tiny_data(fleet, loaded, rows=96) -> train.Data:
+def tiny_data(fleet, loaded, rows=80) -> train.Data:
     dataset = load(TASKS["mrpc"], source="synthetic", rows={"train": rows, "validation": 24})
     tokens = {name: Tokens(part, loaded.tokenizer, 48, CPU, fleet.dtype) for name, part in dataset.splits.items()}
     orders = [torch.randperm(24, generator=torch.Generator().manual_seed(t.seed)) for t in fleet.trials]
@@ -85,56 +87,137 @@ def tiny_data(fleet, loaded, rows=96) -> train.Data:
     return train.Data(TASKS["mrpc"], tokens["train"], tokens["validation"], order_KS[:, :12], order_KS[:, 12:])
 
 
-def train_tiny(configs):
+def train_tiny(configs, listener=None, disturb=lambda fleet: None):
     fleet, loaded = make_fleet(configs)
-    listener = Listener()
+    listener = listener or Listener()
+    listener.fleet = fleet
+    disturb(fleet)
     outcomes, _ = train.train(fleet, tiny_data(fleet, loaded), listener)
     return torch.tensor(listener.losses, dtype=torch.float64), outcomes, listener
 
 
-def three_trials(method, precision):
-    common = [f"method={method.split('-')[0]}", "model=tiny", f"precision={precision}", "batch_size=8", "epochs=3"]
-    common += ["max_length=48", "log_every=1", *(["method.init=zero"] if method == "delora-zero" else [])]
-    own = [["lr=1e-2", "method.dropout=0.1"], ["lr=3e-3", "method.dropout=0.3"], ["lr=1e-3", "weight_decay=0.1"]]
-    if method.startswith("delora"):
-        own = [[*options, f"method.lambda_init={2 + k}"] for k, options in enumerate(own)]
-    return [compose_trial(*common, *options, f"seed={40 + k}") for k, options in enumerate(own)]
+METHODS = {path.stem: [f"method={path.stem}"] for path in sorted((conf_folder() / "method").glob("*.yaml"))}
+METHODS["delora-zero"] = ["method=delora", "method.init=zero"]
+METHODS["dora-fixed"] = ["method=dora", "method.train_magnitude=false"]
+each_method = pytest.mark.parametrize("method", METHODS)
+
+
+def eight_trials(method, precision, *more):
+    """50 steps each; they differ in all that the trials of a fleet may differ in."""
+    common = [*METHODS[method], "model=tiny", f"precision={precision}", "batch_size=8", "epochs=5", "max_length=48"]
+    common += ["log_every=1", *more]
+    configs = []
+    for k in range(8):
+        own = [f"seed={40 + k}", f"lr_factor={2.0 ** (k - 4)}", f"method.dropout={0.1 * (k % 4)}"]
+        own += [f"weight_decay={0.05 * (k % 3)}", f"warmup_ratio={0.1 * (k % 2)}"]
+        if "delora" in method:
+            own += [f"method.lambda_init={2 + k}", f"method.lambda_lr={1e-3 * (k + 1)}"]
+        elif "lora" in method or "dora" in method:
+            own += [f"method.alpha={8 + k}"]
+        configs.append(compose_trial(*common, *own))
+    assert len({config.company for config in configs}) == 1
+    return configs
 
 
 @pytest.mark.parametrize("precision", ["float64", "float32"])
-@pytest.mark.parametrize("method", ["delora", "delora-zero", "lora", "dora", "ether", "etherplus"])
+@each_method
 def test_a_trial_in_a_fleet_is_the_trial_alone(method, precision):
-    configs = three_trials(method, precision)
-    together, outcomes, _ = train_tiny(configs)
-    assert together.shape == (36, 3)
-    for k, config in enumerate(configs):
-        alone, [outcome], _ = train_tiny([config])
-        relative = ((together[:, k] - alone[:, 0]).abs() / alone[:, 0]).max()
+    configs = eight_trials(method, precision)
+    losses, outcomes, _ = train_tiny(configs)
+    assert losses.shape == (50, 8)
+    for some in ([1, 4, 7], [0], [6]):
+        others, found, _ = train_tiny([configs[k] for k in some])
+        relative = ((losses[:, some] - others).abs() / others).max()
         assert relative < (1e-9 if precision == "float64" else 1e-4)
-        assert outcome.best.epoch == outcomes[k].best.epoch
-        assert outcome.best.test == outcomes[k].best.test
+        for k, outcome in zip(some, found, strict=True):
+            assert outcome.best.epoch == outcomes[k].best.epoch
+            assert outcome.best.test == outcomes[k].best.test
+            assert math.isclose(outcome.best.validation["loss"], outcomes[k].best.validation["loss"], rel_tol=1e-4)
+
+
+class Poison(Listener):
+    """In step 10, puts what is not finite into one embedding of a trial's 4th example, or into its optimizer's state.
+
+    `where` gives trial: (place, value).
+    """
+
+    def __init__(self, where):
+        super().__init__()
+        self.where, self.now = where, False
+
+    def step(self, step, epoch, loss_K, lr_K):
+        super().step(step, epoch, loss_K, lr_K)
+        self.now = step == 10
+        for trial, (place, value) in self.where.items():
+            if self.now and place == "optimizer":
+                self.optimizer.mean[trial, 0] = value
+
+    def make_optimizer(self, fleet, total_steps):
+        self.optimizer = make_optimizer(fleet, total_steps)
+        return self.optimizer
+
+    def watch(self, fleet):
+        def poison(module, inputs, output):
+            if not (self.now and module.training):
+                return output
+            rows, output = output.shape[0] // len(fleet.trials), output.clone()
+            for trial, (place, value) in self.where.items():
+                if place == "embedding":
+                    output[trial * rows + 3, 0, 0] = value
+            return output
+
+        fleet.base.base_model.embeddings.word_embeddings.register_forward_hook(poison)
+
+
+@cache
+def undisturbed(method):
+    return train_tiny(eight_trials(method, "float32", "epochs=2"))
+
+
+def check_disturbed(monkeypatch, method, rates, where):
+    configs = eight_trials(method, "float32", "epochs=2")
+    for trial, lr in rates.items():
+        configs[trial] = configs[trial].model_copy(update={"lr": lr})
+    listener = Poison(where)
+    monkeypatch.setattr(train, "make_optimizer", listener.make_optimizer)
+    losses, after, _ = train_tiny(configs, listener, listener.watch)
+    ended = {k: outcome.diverged_step for k, outcome in enumerate(after) if outcome.status == "diverged"}
+    assert ended == listener.ended
+    assert set(where) <= ended.keys() <= {*where, *rates}  # a normalised method may stay finite at any rate
+    assert all(ended[k] in (10, 11) for k in where)
+    losses_before, before, _ = undisturbed(method)
+    others = [k for k in range(8) if k not in where and k not in rates]
+    assert torch.equal(losses[:, others], losses_before[:, others])
+    for k in others:
+        assert after[k].best == before[k].best and after[k].last == before[k].last
+        assert all(torch.equal(tensor, before[k].adapter[name]) for name, tensor in after[k].adapter.items())
+
+
+CAUSES = [("embedding", math.nan), ("embedding", math.inf), ("optimizer", math.nan), ("optimizer", math.inf)]
+
+
+@each_method
+def test_trials_that_diverge_leave_the_others_unchanged_to_the_bit(method, monkeypatch):
+    check_disturbed(monkeypatch, method, {0: 1e30, 5: 1e9}, dict(zip((1, 3, 4, 7), CAUSES, strict=True)))
+
+
+@pytest.mark.parametrize("cause", [1e30, 1e9, *CAUSES])
+def test_a_trial_that_diverges_leaves_the_other_seven_unchanged_to_the_bit(cause, monkeypatch):
+    if isinstance(cause, tuple):
+        check_disturbed(monkeypatch, "delora", {}, {5: cause})
+    else:
+        check_disturbed(monkeypatch, "delora", {5: cause}, {})
 
 
 def test_accumulation_changes_no_result():
-    config = three_trials("delora", "float64")[0]
+    config = eight_trials("delora", "float64")[1]
     whole, _, _ = train_tiny([config])
     parts, _, _ = train_tiny([config.model_copy(update={"accumulation": 3})])
     torch.testing.assert_close(parts, whole, rtol=1e-11, atol=0)
 
 
-def test_a_trial_that_diverges_leaves_the_others_unchanged_to_the_bit():
-    configs = three_trials("lora", "float32")
-    undisturbed, before, _ = train_tiny(configs)
-    disturbed, after, listener = train_tiny([configs[0], configs[1].model_copy(update={"lr": 1e30}), configs[2]])
-    assert [outcome.status for outcome in after] == ["done", "diverged", "done"]
-    assert after[1].diverged_step == listener.ended[1] > 0
-    for k in (0, 2):
-        assert torch.equal(disturbed[:, k], undisturbed[:, k])
-        assert after[k].best == before[k].best
-
-
 def test_a_frozen_weight_that_changes_ends_the_run(monkeypatch):
-    fleet, loaded = make_fleet(three_trials("lora", "float32")[:1])
+    fleet, loaded = make_fleet(eight_trials("lora", "float32")[:1])
     data = tiny_data(fleet, loaded)
     real = train._score_final
 

@@ -98,3 +98,7 @@ def report(options: argparse.Namespace) -> None:
 def _common(folders: Sequence[Path]) -> Path:
     """The folder that holds all of them."""
     return folders[0] if len(folders) == 1 else Path(os.path.commonpath([folder.absolute() for folder in folders]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

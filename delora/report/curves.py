@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,11 @@ if TYPE_CHECKING:
 FORMATS = ("png", "svg", "pdf")
 LINES = "Lines: mean over seeds, with its 95 % bootstrap interval."
 METRICS = {"accuracy": "accuracy", "matthews": "Matthews corr.", "pearson_spearman": "Pearson/Spearman"}
+X_LABELS = {
+    "factor": "learning rate, times each method's base rate",
+    "rate": "learning rate",
+    "step": "training step",
+}
 RC: dict[Any, Any] = {
     "font.size": 8.5,
     "axes.titlesize": 9.5,
@@ -38,7 +44,7 @@ RC: dict[Any, Any] = {
     "svg.hashsalt": "delora",  # with METADATA: the same picture has the same bytes on another day
     "savefig.dpi": 200,
 }
-LOST: dict[str, Any] = {"marker": "x", "s": 10, "linewidths": 0.7}  # a trial without a value
+LOST: dict[str, Any] = {"marker": "x", "s": 10, "linewidths": 0.7, "zorder": 4}  # a trial without a value
 METADATA: dict[str, dict[str, None]] = {"png": {}, "svg": {"Date": None}, "pdf": {"CreationDate": None}}
 
 
@@ -58,7 +64,7 @@ class Style:
         return {
             "color": self.color,
             "marker": self.marker,
-            "markersize": 6.5 if self.marker in "PX*" else 4.5,
+            "markersize": 6.5 if self.marker in "P*" else 4.5,
             "markeredgecolor": "white",
             "markeredgewidth": 0.5,
             "linewidth": 1.5,
@@ -78,7 +84,7 @@ OTHERS = [
     Style(color, marker, dash)
     for dash, (color, marker) in itertools.product(
         [(3, 1.2), (1, 1), (6, 1.2, 1, 1.2, 1, 1.2)],
-        zip(["#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#777777"], "X<>*hpd", strict=True),
+        zip(["#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#777777"], "<>*hpdo", strict=True),
     )
 ]
 
@@ -89,40 +95,34 @@ def styles(labels: Iterable[str]) -> dict[str, Style]:
     return {label: STYLES.get(label) or next(others) for label in sorted(set(labels), key=label_order)}
 
 
-# --- Values
+# --- Values: of a quantity, which is "score" (in percent), "distance" or "strength" (λ)
 
 
-def distances(curve: Curve) -> np.ndarray:
-    """‖W′ − W‖_F at the end of training, (F, S); NaN for diverged and missing trials, and for 0, which has no log."""
+def at_rates(curve: Curve, quantity: str) -> np.ndarray:
+    """Score, or distance at the end of training, (F, S); NaN where there is none, and for 0, which has no log."""
+    if quantity == "score":
+        return 100 * curve.score_FS
     values_FS = np.full(curve.score_FS.shape, np.nan)
     for place, trial in curve.trials.items():
         values_FS[place] = trial.distance or math.nan
     return values_FS
 
 
-@dataclass
-class History:
-    """What the trials of one method and rate measured in E evaluations; NaN where there is nothing."""
+def over_training(curve: Curve, factor: int, quantity: str, floor: float) -> tuple[np.ndarray, np.ndarray]:
+    """What the trials at the rate of an index measured in E evaluations; a score is the floor's after divergence.
 
-    steps_E: np.ndarray
-    score_ES: np.ndarray
-    distance_ES: np.ndarray
-    strength_ES: np.ndarray
-    ends: list[tuple[int, float]]  # step and score of the last evaluation of trials that diverged
-
-
-def history(curve: Curve, factor: int, floor: float) -> History:
-    """The evaluations of a curve's trials at the rate of an index; the score counts as the floor after divergence."""
+    Returns:
+        Steps (E,) and values (E, S of these trials), NaN where there is none.
+    """
     trials = curve.trials_at(factor)
     steps = sorted({point.step for trial in trials for point in trial.history})
-    values_ES = np.full((3, len(steps), len(trials)), np.nan)
+    values_ES = np.full((len(steps), len(trials)), np.nan)
     for s, trial in enumerate(trials):
         for point in trial.history:
-            values_ES[:, steps.index(point.step), s] = point.score, point.distance, point.strength
-        if trial.diverged:
-            values_ES[0, np.array(steps) > trial.history[-1].step, s] = floor
-    ends = [(trial.history[-1].step, trial.history[-1].score) for trial in trials if trial.diverged]
-    return History(np.array(steps), values_ES[0], values_ES[1], values_ES[2], ends)
+            values_ES[steps.index(point.step), s] = getattr(point, quantity)
+        if trial.diverged and quantity == "score":
+            values_ES[np.array(steps) > trial.last_step, s] = floor
+    return np.array(steps), values_ES * (100 if quantity == "score" else 1)
 
 
 def shown_factor(curve: Curve, factor: float | None) -> int | None:
@@ -155,12 +155,12 @@ def draw(panels: Sequence[Panel], folder: Path, layer: str | None = None, factor
 
 
 def _pictures(panels: Sequence[Panel], layer: str | None, factor: float | None) -> "Iterator[tuple[str, Figure]]":
-    of_layer = f"-{layer.replace('*', 'x')}" if layer else ""
+    of_layer = "-" + re.sub(r"[^\w.-]", "x", layer) if layer else ""
     if any(len(curve.factors_F) > 1 for panel in panels for curve in panel.curves):
-        yield "score_by_factor", _by_rate(panels, "factor")
-        yield "score_by_rate", _by_rate(panels, "rate")
+        yield "score_by_factor", _by_rate(panels, "factor", "score")
+        yield "score_by_rate", _by_rate(panels, "rate", "score")
         if not all(math.isnan(trial.distance) for panel in panels for trial in panel.trials):
-            yield f"distance_by_factor{of_layer}", _distance_by_factor(panels, layer)
+            yield f"distance_by_factor{of_layer}", _by_rate(panels, "factor", "distance", layer)
     if any(len(trial.history) > 1 for panel in panels for trial in panel.trials):
         yield f"training{of_layer}", _over_training(panels, layer, factor)
 
@@ -172,65 +172,74 @@ def panel_titles(panels: Sequence[Panel]) -> list[str]:
     return [", ".join(part[i] for i in varying) for part in parts]
 
 
-def _by_rate(panels: Sequence[Panel], x: str) -> "Figure":
-    """Score against the rate or its factor, a panel for each task."""
+def y_label(panel: Panel, quantity: str, x: str, layer: str | None) -> str:
+    if quantity == "score":
+        split = "validation" if x == "step" else panel.split
+        return f"{split} {METRICS[TASKS[panel.task].headline]} (%)"
+    return f"{'λ' if quantity == 'strength' else '‖W′ − W‖'}, {layer or 'mean over layers'}"
+
+
+def _by_rate(panels: Sequence[Panel], x: str, quantity: str, layer: str | None = None) -> "Figure":
+    """Score or distance against the rate or its factor, a panel for each task."""
     figure, axes, look = _figure(panels)
     for axis, panel in zip(axes, panels, strict=True):
         for place, curve in enumerate(panel.curves):
-            x_F = curve.factors_F if x == "factor" else curve.rates_F
-            x_FS, score_FS = _spread(x_F, curve, place, panel), curve.score_FS * 100
-            _draw_curve(axis, look[curve.label], x_F, score_FS, x_FS, ~curve.scoreless_FS)
-            lost_FS = curve.scoreless_FS
-            axis.scatter(x_FS[lost_FS], score_FS[lost_FS], color=look[curve.label].color, zorder=4, **LOST)
+            x_F, values_FS = getattr(curve, f"{x}s_F"), at_rates(curve, quantity)
+            style, x_FS = look[curve.label], _spread(x_F, curve, place, panel)
+            _draw_band(axis, style, x_F, values_FS)
+            lost_FS = curve.scoreless_FS if quantity == "score" else curve.diverged_FS
+            points: dict[str, Any] = {"s": 6, "marker": style.marker, "alpha": 0.35, "linewidths": 0, "zorder": 2}
+            shown_FS = ~lost_FS & ~np.isnan(values_FS)
+            axis.scatter(x_FS[shown_FS], values_FS[shown_FS], color=style.color, **points)
+            if quantity == "score":
+                axis.scatter(x_FS[lost_FS], values_FS[lost_FS], color=style.color, **LOST)
+            else:
+                top: dict[str, Any] = {"transform": axis.get_xaxis_transform(), "clip_on": False}
+                axis.scatter(x_FS[lost_FS], np.ones(lost_FS.sum()), color=style.color, **LOST, **top)
         _rate_axis(axis, panel, x)
-        axis.set_ylabel(f"{panel.split} {METRICS[TASKS[panel.task].headline]} (%)")
-        _reference_lines(axis, panel)
-    x_label = "learning rate" if x == "rate" else "learning rate, times each method's base rate"
-    note = f"{LINES} Points: single trials. ×: diverged or no defined score, counted as guessing."
-    return _finish(figure, look, x_label, note)
-
-
-def _distance_by_factor(panels: Sequence[Panel], layer: str | None) -> "Figure":
-    figure, axes, look = _figure(panels)
-    for axis, panel in zip(axes, panels, strict=True):
-        for place, curve in enumerate(panel.curves):
-            x_FS = _spread(curve.factors_F, curve, place, panel)
-            values_FS = distances(curve)
-            _draw_curve(axis, look[curve.label], curve.factors_F, values_FS, x_FS, ~np.isnan(values_FS))
-            lost_FS = np.zeros_like(curve.scoreless_FS)
-            for at, trial in curve.trials.items():
-                lost_FS[at] = trial.diverged
-            top, color = axis.get_xaxis_transform(), look[curve.label].color
-            axis.scatter(x_FS[lost_FS], np.ones(lost_FS.sum()), color=color, transform=top, clip_on=False, **LOST)
-        _rate_axis(axis, panel, "factor")
-        _log_distance_axis(axis)
-        axis.set_ylabel(_over(layer, "‖W′ − W‖"))
-    note = f"At the end of training. {LINES} Points: single trials. × at the top: diverged, without a distance."
-    return _finish(figure, look, "learning rate, times each method's base rate", note)
+        axis.set_ylabel(y_label(panel, quantity, x, layer))
+        if quantity == "score":
+            _reference_lines(axis, panel)
+        else:
+            _log_distance_axis(axis)
+    lost = "×: diverged or no defined score, counted as guessing."
+    if quantity == "distance":
+        lost = "× at the top: diverged, without a distance. At the end of training."
+    return _finish(figure, look, X_LABELS[x], f"{LINES} Points: single trials. {lost}")
 
 
 def _over_training(panels: Sequence[Panel], layer: str | None, factor: float | None) -> "Figure":
     """Score, distance and λ against the training step, a column for each panel."""
-    histories = [
-        [(c, history(c, at, p.floor)) for c in p.curves if (at := shown_factor(c, factor)) is not None] for p in panels
-    ]
-    quantities = ("score_ES", "distance_ES", "strength_ES")
-    rows = [q for q in quantities if any(not np.isnan(getattr(h, q)).all() for hs in histories for _, h in hs)]
-    figure, axes, look = _figure(panels, len(rows))
-    for axis, (quantity, (panel, shown)) in zip(
-        axes, itertools.product(rows, zip(panels, histories, strict=True)), strict=True
-    ):
-        for curve, values in shown:
-            _draw_history(axis, values, quantity, look[curve.label])
-        if quantity == "score_ES":
-            axis.set_ylabel(f"validation {METRICS[TASKS[panel.task].headline]} (%)")
-            _reference_lines(axis, panel)
-        else:
-            axis.set_ylabel(_over(layer, "λ" if quantity == "strength_ES" else "‖W′ − W‖"))
+    drawn = {
+        (quantity, p): [
+            (curve, at, *over_training(curve, at, quantity, panel.floor))
+            for curve in panel.curves
+            if (at := shown_factor(curve, factor)) is not None
+        ]
+        for quantity in ("score", "distance", "strength")
+        for p, panel in enumerate(panels)
+    }
+    measured = {quantity for (quantity, _), shown in drawn.items() for *_, v_ES in shown if not np.isnan(v_ES).all()}
+    drawn = {place: shown for place, shown in drawn.items() if place[0] in measured}
+    figure, axes, look = _figure(panels, len(measured))
+    for axis, ((quantity, p), shown) in zip(axes, drawn.items(), strict=True):
+        for curve, at, steps_E, values_ES in shown:
+            style = look[curve.label]
+            if np.isnan(values_ES).all():
+                continue
+            _draw_band(axis, style, steps_E, values_ES, markevery=max(1, len(steps_E) // 8))
+            axis.plot(steps_E, values_ES, color=style.color, linewidth=0.5, alpha=0.35, zorder=2)
+            ends = [trial.history[-1] for trial in curve.trials_at(at) if trial.diverged and trial.history]
+            if quantity == "score":
+                scores = [100 * end.score for end in ends]
+                axis.scatter([end.step for end in ends], scores, color=style.color, **LOST)
+        axis.set_ylabel(y_label(panels[p], quantity, "step", layer))
+        if quantity == "score":
+            _reference_lines(axis, panels[p])
         axis.set_xlim(left=0)
     chosen = f"at {factor_text(factor)} times the base rate" if factor is not None else "at each method's best rate"
     note = f"Trials {chosen}. {LINES} Thin: single trials. ×: diverged; score counted as guessing from there on."
-    return _finish(figure, look, "training step", note)
+    return _finish(figure, look, X_LABELS["step"], note)
 
 
 def _figure(panels: Sequence[Panel], rows: int = 1) -> tuple["Figure", list["Axes"], dict[str, Style]]:
@@ -250,40 +259,23 @@ def _figure(panels: Sequence[Panel], rows: int = 1) -> tuple["Figure", list["Axe
 
 def _spread(x_F: np.ndarray, curve: Curve, place: int, panel: Panel) -> np.ndarray:
     """Where trials are drawn, (F, S): a little apart by method and seed."""
-    step = np.diff(np.log(x_F)).min() if len(x_F) > 1 else math.log(2)
+    step = min([math.log(2), *np.diff(np.log(x_F))])
     share_S = (np.arange(len(curve.seeds)) + 0.5) / len(curve.seeds)
     return x_F[:, None] * np.exp(step * 0.55 * ((place + share_S) / len(panel.curves) - 0.5))
 
 
-def _draw_curve(
-    axis: "Axes", style: Style, x_F: np.ndarray, values_FS: np.ndarray, x_FS: np.ndarray, shown_FS: np.ndarray
-) -> None:
+def _draw_band(axis: "Axes", style: Style, x_F: np.ndarray, values_FS: np.ndarray, **line: Any) -> None:
+    """Mean and interval over the seeds."""
     mean_F, low_F, high_F = statistics.band(values_FS)
     axis.fill_between(x_F, low_F, high_F, color=style.color, alpha=0.15, linewidth=0, zorder=1)
-    points: dict[str, Any] = {"s": 6, "color": style.color, "marker": style.marker, "alpha": 0.35, "linewidths": 0}
-    axis.scatter(x_FS[shown_FS], values_FS[shown_FS], **points, zorder=2)
-    axis.plot(x_F, mean_F, **style.line(), zorder=3)
-
-
-def _draw_history(axis: "Axes", values: History, quantity: str, style: Style) -> None:
-    values_ES = getattr(values, quantity) * (100 if quantity == "score_ES" else 1)
-    if np.isnan(values_ES).all():
-        return
-    mean_E, low_E, high_E = statistics.band(values_ES)
-    axis.fill_between(values.steps_E, low_E, high_E, color=style.color, alpha=0.15, linewidth=0, zorder=1)
-    axis.plot(values.steps_E, values_ES, color=style.color, linewidth=0.5, alpha=0.35, zorder=2)
-    axis.plot(values.steps_E, mean_E, **style.line(), markevery=max(1, len(mean_E) // 8), zorder=3)
-    if quantity == "score_ES" and values.ends:
-        steps, scores = np.array(values.ends).T
-        axis.scatter(steps, 100 * scores, color=style.color, zorder=4, **LOST)
+    axis.plot(x_F, mean_F, **style.line(), **line, zorder=3)
 
 
 def _reference_lines(axis: "Axes", panel: Panel) -> None:
-    for value, name, dash in ((panel.floor, "guessing", (4, 3)), (panel.head_only, "head only", (1, 1.5))):
-        if value is not None:
-            axis.axhline(100 * value, color="#777", linewidth=0.8, linestyle=(0, dash), zorder=0)
-            place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-            axis.annotate(name, (0.01, 100 * value), (0, 1.5), **place, color="#666", fontsize=7, va="bottom")
+    for (name, value), dash in zip(panel.references.items(), ((4, 3), (1, 1.5)), strict=False):
+        axis.axhline(100 * value, color="#777", linewidth=0.8, linestyle=(0, dash), zorder=0)
+        place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
+        axis.annotate(name, (0.01, 100 * value), (0, 1.5), **place, color="#666", fontsize=7, va="bottom")
 
 
 def _rate_axis(axis: "Axes", panel: Panel, x: str) -> None:
@@ -316,10 +308,6 @@ def factor_text(factor: float) -> str:
     if factor < 1 and abs(1 / factor - round(1 / factor)) < 1e-4:
         return f"1/{round(1 / factor)}"
     return number(factor)
-
-
-def _over(layer: str | None, quantity: str) -> str:
-    return f"{quantity}, {layer if layer else 'mean over layers'}"
 
 
 def _finish(figure: "Figure", look: dict[str, Style], x_label: str, note: str) -> "Figure":

@@ -6,7 +6,6 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -16,7 +15,6 @@ from delora.report import curves, statistics
 from delora.report.statistics import Panel
 from delora.report.tables import EMPTY, Cell, Table, is_text, number, task_name
 from delora.report.trials import Trial
-from delora.tasks import TASKS
 
 EVALUATIONS = 60  # of a trial, drawn over training: more would not be told apart
 
@@ -68,63 +66,43 @@ def write(
 
 
 def _views(panels: Sequence[Panel], index: dict[int, int], layer: str | None, factor: float | None) -> list[dict]:
-    rate = {"factor": "learning rate, times each method's base rate", "rate": "learning rate"}
-    over = layer or "mean over layers"
-    y = {"score": "score (%)", "distance": f"‖W′ − W‖, {over}", "strength": f"λ, {over}"}
-    views = [
-        _view(f"{what} by {x}", x_label, y[what], [_by_rate(p, x, what, index) for p in panels], panels, what, x)
-        for what in ("score", "distance")
-        for x, x_label in rate.items()
-    ] + [
-        _view(
-            f"{what.replace('strength', 'λ')} over training",
-            "training step",
-            y[what],
-            [_over_training(p, what, index, factor) for p in panels],
-            panels,
-            what,
-            "step",
-        )
-        for what in y
-    ]
-    return [view for view in views if any(series["line"] for chart in view["charts"] for series in chart["series"])]
-
-
-def _view(
-    name: str, x_label: str, y_label: str, series: list[list[dict]], panels: Sequence[Panel], what: str, x: str
-) -> dict[str, Any]:
-    charts = []
-    for title, panel, its_series in zip(curves.panel_titles(panels), panels, series, strict=True):
-        references: list[tuple[str, float | None]] = [("guessing", panel.floor), ("head only", panel.head_only)]
-        split = panel.split if x != "step" else "validation"
-        metric = f"{split} {curves.METRICS[TASKS[panel.task].headline]} (%)"
-        charts.append(
+    """The views that have something to show; `index` numbers the trials by their identity."""
+    made = []
+    places = [("score", "factor"), ("score", "rate"), ("distance", "factor"), ("distance", "rate")]
+    for quantity, x in [*places, ("score", "step"), ("distance", "step"), ("strength", "step")]:
+        charts: list[dict] = [
             {
                 "title": title,
-                "y": metric if what == "score" else y_label,
-                "references": [
-                    [text, _short(100 * value)] for text, value in references if value is not None and what == "score"
-                ],
-                "series": its_series,
+                "y": curves.y_label(panel, quantity, x, layer),
+                "references": [[name, _short(100 * score)] for name, score in panel.references.items()]
+                if quantity == "score"
+                else [],
+                "series": _over_training(panel, quantity, index, factor)
+                if x == "step"
+                else _by_rate(panel, quantity, index, x),
             }
-        )
-    return {
-        "name": name,
-        "x": x_label,
-        "byFactor": x == "factor",
-        "logX": x != "step",
-        "logY": what == "distance",
-        "charts": charts,
-    }
+            for title, panel in zip(curves.panel_titles(panels), panels, strict=True)
+        ]
+        view = {
+            "name": f"{quantity.replace('strength', 'λ')} {'over training' if x == 'step' else f'by {x}'}",
+            "x": curves.X_LABELS[x],
+            "byFactor": x == "factor",
+            "logX": x != "step",
+            "logY": quantity == "distance" and x != "step",
+            "charts": charts,
+        }
+        if any(series["line"] for chart in charts for series in chart["series"]):
+            made.append(view)
+    return made
 
 
-def _by_rate(panel: Panel, x: str, what: str, index: dict[int, int]) -> list[dict]:
+def _by_rate(panel: Panel, quantity: str, index: dict[int, int], x: str) -> list[dict]:
     made = []
     for curve in panel.curves:
-        x_F = curve.factors_F if x == "factor" else curve.rates_F
-        values_FS = 100 * curve.score_FS if what == "score" else curves.distances(curve)
+        x_F, values_FS = getattr(curve, f"{x}s_F"), curves.at_rates(curve, quantity)
+        lost_FS = curve.scoreless_FS & (quantity == "score")
         points = [
-            [_short(x_F[f]), _short(values_FS[f, s]), index[id(trial)], int(curve.scoreless_FS[f, s])]
+            [_short(x_F[f]), _short(values_FS[f, s]), index[id(trial)], int(lost_FS[f, s])]
             for (f, s), trial in curve.trials.items()
             if not math.isnan(values_FS[f, s])
         ]
@@ -132,20 +110,19 @@ def _by_rate(panel: Panel, x: str, what: str, index: dict[int, int]) -> list[dic
     return made
 
 
-def _over_training(panel: Panel, what: str, index: dict[int, int], factor: float | None) -> list[dict]:
+def _over_training(panel: Panel, quantity: str, index: dict[int, int], factor: float | None) -> list[dict]:
     made = []
     for curve in panel.curves:
-        shown = curves.shown_factor(curve, factor)
-        if shown is None:
+        if (at := curves.shown_factor(curve, factor)) is None:
             continue
-        values = curves.history(curve, shown, panel.floor)
-        values_ES = getattr(values, f"{what}_ES") * (100 if what == "score" else 1)
-        some = np.unique(np.linspace(0, len(values.steps_E) - 1, EVALUATIONS).astype(int))
+        steps_E, values_ES = curves.over_training(curve, at, quantity, panel.floor)
+        some = np.unique(np.linspace(0, len(steps_E) - 1, min(EVALUATIONS, len(steps_E))).astype(int))
+        steps, values = steps_E[some], values_ES[some]
         paths = [
-            [index[id(trial)], [[int(values.steps_E[e]), _short(values_ES[e, s])] for e in some]]
-            for s, trial in enumerate(curve.trials_at(shown))
+            [index[id(trial)], [[int(step), _short(value)] for step, value in zip(steps, values[:, s], strict=True)]]
+            for s, trial in enumerate(curve.trials_at(at))
         ]
-        line = _line(values.steps_E[some], values_ES[some])
+        line = _line(steps, values)
         made.append({"label": curve.label, "line": line, "points": [], "paths": paths if line else []})
     return made
 

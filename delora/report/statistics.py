@@ -75,6 +75,13 @@ class Curve:
         return len(self.factors_F) > 1 and self.best in (0, len(self.factors_F) - 1)
 
     @property
+    def diverged_FS(self) -> np.ndarray:
+        made_FS = np.zeros_like(self.scoreless_FS)
+        for place, trial in self.trials.items():
+            made_FS[place] = trial.diverged
+        return made_FS
+
+    @property
     def fullest_F(self) -> np.ndarray:
         """Which rates have as many trials as any."""
         n_F = (~np.isnan(self.score_FS)).sum(1)
@@ -91,7 +98,7 @@ class Panel:
 
     Attributes:
         floor: the score of guessing; it stands in for a trial without a score.
-        head_only: the best mean score of training the head alone on the frozen encoder, if such trials are there.
+        head: training the head alone on the frozen encoder, if such trials are there.
         span: the range of factors for worst drop and sensitivity; None if no range is covered by every curve.
     """
 
@@ -101,7 +108,7 @@ class Panel:
     data: str
     floor: float
     curves: list[Curve]
-    head_only: float | None
+    head: Curve | None
     span: Span | None
 
     @property
@@ -110,7 +117,14 @@ class Panel:
 
     @property
     def trials(self) -> list[Trial]:
-        return [trial for curve in self.curves for _, trial in sorted(curve.trials.items())]
+        curves = [*self.curves, *([self.head] if self.head else [])]
+        return [trial for curve in curves for _, trial in sorted(curve.trials.items())]
+
+    @property
+    def references(self) -> dict[str, float]:
+        """Scores to compare with: of guessing, and of the head alone at its best rate."""
+        head = {"head only": float(np.nanmean(self.head.best_scores_S))} if self.head else {}
+        return {"guessing": self.floor, **head}
 
 
 @functools.cache
@@ -156,9 +170,8 @@ def panels(trials: Iterable[Trial], span: Span | None = None) -> list[Panel]:
         curves = [curve(label, by_label[label], floor) for label in sorted(by_label, key=label_order)]
         heads = [c for c in curves if c.trials_at(0)[0].result["parameters"]["adapter"] == 0]
         adapted = [c for c in curves if c not in heads]
-        head_only = float(np.nanmean(heads[0].best_scores_S)) if heads and adapted else None
-        shown = adapted or heads
-        made.append(Panel(*place, floor, shown, head_only, span or common_span(shown)))
+        shown, head = (adapted, heads[0] if heads else None) if adapted else (heads, None)
+        made.append(Panel(*place, floor, shown, head, span or common_span(shown)))
     return made
 
 
@@ -299,10 +312,10 @@ def worst_drop(score_BF: np.ndarray, x_F: np.ndarray, best_B: np.ndarray, span: 
 
 
 def sensitivity(floored_BF: np.ndarray, x_F: np.ndarray, best_B: np.ndarray, span: Span | None) -> np.ndarray:
-    """Learning-rate sensitivity within a range of factors [a, b], after Wortsman et al. 2023 (arXiv 2309.14322, 2.2).
+    """Learning-rate sensitivity within a range of factors [a, b], after Wortsman et al. 2023 (arXiv 2309.14322).
 
     They define E_{η∈[a,b]}[min(ℓ(η), ℓ₀) − ℓ*] with ℓ the final validation loss, ℓ₀ the loss at initialisation and ℓ*
-    that of the best rate, as the plain mean over a grid of rates. Here, with scores s, higher is better:
+    that of the best rate. Here, with scores s, higher is better:
 
         E_{log η ~ U(log a, log b)}[s* − max(s(η), s₀)]
 

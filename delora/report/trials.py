@@ -38,7 +38,7 @@ class Trial:
     Attributes:
         task, model, protocol, data: what trials must share to be drawn in one panel.
         label: the method with what tells it from its neighbours, "DeLoRA (zero)".
-        factor: how many times the base rate it was trained at.
+        factor: how many times the method's base rate it was trained at, lr / method.base_lr × lr_factor.
         rate: the learning rate that the factor acts on: λ's own, where it acts on λ alone.
         score: the headline metric of the best checkpoint, a fraction: on test under protocol=paper, else on
             validation. NaN for a trial that diverged or whose metric is not defined.
@@ -68,6 +68,11 @@ class Trial:
     @property
     def place(self) -> tuple[str, str, str, str]:
         return self.task, self.model, self.protocol, self.data
+
+    @property
+    def last_step(self) -> int:
+        """Of its last evaluation; -1 if it diverged before the first."""
+        return self.history[-1].step if self.history else -1
 
     @property
     def distance(self) -> float:
@@ -107,7 +112,7 @@ def read(folders: Sequence[Path], layer: str | None = None) -> Collection:
                 raise ValueError("failed")
             evaluations = list(trial.evaluations())
             made.trials.append(_trial(trial, evaluations, layer))
-            names |= evaluations[-1]["distance"].keys()
+            names |= evaluations[-1]["distance"].keys() if evaluations else set()
         except results.ResultsError as error:
             made.left_out.append((trial.folder, str(error)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -131,7 +136,7 @@ def _trial(stored: results.StoredTrial, evaluations: Sequence[results.Evaluation
         raise ValueError(f"task {task!r} scored by {headline!r} is not known")
     for key, kind in PRINTED.items():
         _get(config, key, kind)
-    if not evaluations:
+    if not evaluations and result["status"] == "done":
         raise ValueError("metrics.jsonl holds no evaluation")
     validation = score = math.nan
     if result["status"] == "done" and result["best"]:
@@ -161,7 +166,7 @@ def _trial(stored: results.StoredTrial, evaluations: Sequence[results.Evaluation
         label=_label(config, on),
         seed=_get(config, "seed", int),
         rate=_round((base or config["lr"]) * factor),
-        factor=_round(factor),
+        factor=_round(config["lr"] / config["method"]["base_lr"] * factor),
         diverged=result["status"] == "diverged",
         score=score,
         validation=validation,
@@ -226,24 +231,22 @@ def label_order(label: str) -> tuple[int, str]:
 
 
 def _name(trials: Iterable[Trial]) -> None:
-    """Sets label and factor, so that trials of one label in one panel differ in rate and seed alone.
+    """Completes the labels, so that trials of one label in one panel differ in rate and seed alone.
 
-    Where no trial of a method has a factor, `lr` itself was varied, and the factor is lr / method.base_lr. Otherwise
-    trials of another `lr` are another variant.
+    Where some trials of a method have an `lr_factor`, those of another `lr` are another variant: what the factor acts
+    on besides, as the rate of λ, follows the one and not the other.
     """
     groups = defaultdict(list)
     for trial in trials:
         groups[trial.place, trial.label].append(trial)
     for (_, label), group in groups.items():
-        by_factor = any(trial.factor != 1 for trial in group)
+        by_factor = any(trial.config.get("lr_factor", 1) != 1 for trial in group)
         settings = [trial.settings | ({"lr": trial.config["lr"]} if by_factor else {}) for trial in group]
         keys = sorted(key for key in set(itertools.chain(*settings)) if key not in IN_LABEL)
         differing = [key for key in keys if len({show(values.get(key, "unset")) for values in settings}) > 1]
         for trial, values in zip(group, settings, strict=True):
-            said = [f"{key.split('.')[-1].replace('_', ' ')} {show(values.get(key, 'unset'))}" for key in differing]
+            said = [f"{key.rpartition('.')[2].replace('_', ' ')} {show(values.get(key, 'unset'))}" for key in differing]
             trial.label = _with(label, dict.fromkeys(said))
-            if not by_factor:
-                trial.factor = _round(trial.config["lr"] / trial.config["method"]["base_lr"])
 
 
 def _leave_out_repeats(made: Collection) -> None:
