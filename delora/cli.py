@@ -86,7 +86,7 @@ def _start() -> None:
 
     from delora import overrides
 
-    sys.argv[1:] = overrides.without_plus(sys.argv[1:])
+    sys.argv[1:] = overrides.tidy(sys.argv[1:])
     flags = get_args_parser().parse_args()
     if sum(map(bool, (flags.run, flags.multirun, flags.cfg, flags.info, flags.shell_completion))) > 1:
         raise UserError("only one of --run, --multirun, --cfg, --info and --shell-completion can be given")

@@ -20,9 +20,13 @@ from omegaconf.errors import OmegaConfBaseException
 from delora.config import MISSING, ConfigError, Fault, Trial, did_you_mean, expected, nearest
 
 
-def without_plus(words: Iterable[str]) -> list[str]:
-    """The words with `+experiment=x` as `experiment=x`: the config has each group and key already."""
-    return [re.sub(r"^\+{1,2}(?!hydra[./])", "", word) for word in words]
+def tidy(words: Iterable[str]) -> list[str]:
+    """The words as Hydra takes them: flags first, and `+experiment=x` as `experiment=x`.
+
+    The config has each group and key already, so that nothing has to be added to it.
+    """
+    plain = [re.sub(r"^\+{1,2}(?!hydra[./])", "", word) for word in words]
+    return sorted(plain, key=lambda word: "=" in word and not word.startswith("-"))
 
 
 def check(
@@ -33,7 +37,7 @@ def check(
     Each value of a sweep is checked, but not each combination of values.
 
     Args:
-        words: the command's arguments that are no flags, after `without_plus`.
+        words: the command's arguments that are no flags, after `tidy`.
         conf: the folder of configs.
         multirun: whether a word may hold several values.
         config: the name of the primary config.

@@ -20,6 +20,7 @@ class FleetLauncher(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.context, self.config = hydra_context, config
+        self.groups = set(hydra_context.config_loader.list_groups(""))
         self.composed: dict[tuple[str, ...], DictConfig] = {}
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
@@ -50,10 +51,8 @@ class FleetLauncher(Launcher):
 
     def _is_value(self, override: Override) -> bool:
         """Whether a word sets a value, and does not choose an option of a group."""
-        groups = self.context.config_loader.list_groups("")
-        return not (override.is_add() or override.is_delete() or override.is_hydra_override()) and (
-            override.key_or_group not in groups
-        )
+        changed = override.is_add() or override.is_delete() or override.is_hydra_override()
+        return not changed and override.key_or_group not in self.groups
 
 
 class FleetSweeper(BasicSweeper):

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -6,6 +8,10 @@ from hydra import compose, initialize_config_dir
 
 from delora.cli import conf_folder
 from delora.config import Trial
+
+
+def pytest_addoption(parser):
+    parser.addoption("--kills", type=int, default=3, help="how often a sweep is killed in test_sweep.py")
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +30,17 @@ def compose_trial(*overrides: str) -> Trial:
     """The trial that a command line with these overrides runs."""
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         return Trial.from_config(compose("config", overrides=list(overrides)))
+
+
+SMALL = ["model=tiny", "data=synthetic", "data.rows.train=64", "data.rows.validation=40", "logger=none"]
+SMALL += ["epochs=2", "batch_size=16", "max_length=64", "device=cpu"]
+RUN = [sys.executable, "-m", "delora.cli"]
+OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+
+
+def command(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs delora-run in a process of its own."""
+    environment = os.environ | OFFLINE | (env or {})
+    return subprocess.run(
+        [*RUN, *arguments], cwd=cwd, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )

@@ -1,16 +1,14 @@
 """A run from the command line to its folder, in real processes, on generated data and small encoders."""
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-from conftest import compose_trial
+from conftest import SMALL, command, compose_trial
 
 import delora
 from delora import results
@@ -19,15 +17,6 @@ from delora.data.batches import Tokens
 from delora.sweep import run
 from delora.tasks import TASKS
 from delora.train import predict
-
-SMALL = ["model=tiny", "data=synthetic", "data.rows.train=64", "data.rows.validation=40", "logger=none"]
-SMALL += ["epochs=2", "batch_size=16", "max_length=64", "device=cpu"]
-
-
-def command(*arguments: str, cwd: Path, **options) -> subprocess.CompletedProcess[str]:
-    environment = os.environ | {"HF_HUB_OFFLINE": "1"}
-    line = [sys.executable, "-m", "delora.cli", *arguments]
-    return subprocess.run(line, cwd=cwd, env=environment, capture_output=True, text=True, timeout=120, **options)
 
 
 def test_a_run_leaves_a_whole_result_and_is_not_run_twice(tmp_path):
@@ -85,7 +74,8 @@ def test_ctrl_c_leaves_no_result(tmp_path):
             time.sleep(0.1)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "interrupted" in errors and "Traceback" not in errors
+    assert process.returncode == 130, errors
+    assert "interrupted" in errors and "Traceback" not in errors
     assert not (metrics.parent / "result.json").exists()
 
 

@@ -1,0 +1,341 @@
+"""Multiruns through the real command in real processes: fleets, interruptions, failures, other launchers."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from conftest import OFFLINE, RUN, SMALL, command, compose_trial
+from safetensors.torch import load_file
+
+from delora import results
+from delora.sweep import Group, plan
+
+GRID = ["method=delora,lora", "lr_factor=0.5,2", "seed=1,2", "name=s", "-m"]
+QUICK = ["epochs=4", "log_every=1", "fleet.checkpoint_seconds=0"]  # a checkpoint after every step
+
+
+def scores(root: Path) -> dict[str, object]:
+    """All that a sweep found, less times, by trial; tensors as their bytes."""
+    found = results.find(root)
+    assert not found.problems and not found.unfinished
+    kept = {}
+    for trial in found.trials:
+        result = {k: v for k, v in trial.result.items() if k not in ("seconds", "fleet_size", "made_by")}
+        steps = [{k: v for k, v in step.items() if k != "seconds"} for step in trial.steps()]
+        tensors = {
+            name: {key: tensor.numpy().tobytes() for key, tensor in load_file(trial.folder / name).items()}
+            for name in (results.ADAPTER, results.PREDICTIONS)
+        }
+        kept[trial.folder.name] = (result, steps, list(trial.evaluations()), tensors)
+    return kept
+
+
+def times(root: Path) -> dict[str, int]:
+    return {path.parent.name: path.stat().st_mtime_ns for path in root.glob("*/result.json")}
+
+
+def begin(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
+    environment = os.environ | OFFLINE | (env or {})
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([*RUN, *arguments], cwd=cwd, env=environment, text=True, **pipes)
+
+
+def wait_for(process: subprocess.Popen[str], pattern: Path, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not list(pattern.parent.parent.glob(f"{pattern.parent.name}/{pattern.name}")):
+        assert time.monotonic() < end
+        if process.poll() is not None:
+            raise AssertionError(process.communicate()[1])
+        time.sleep(0.02)
+
+
+# --- Which trials train together
+
+
+def test_fleets_are_made_of_what_may_differ():
+    same = [
+        ["lr=1e-3", "seed=1"],
+        ["lr=1e-3", "seed=2"],
+        ["lr_factor=8", "weight_decay=0.3"],
+        ["warmup_ratio=0.5", "method.lambda_init=3", "method.lambda_lr=0.1", "method.dropout=0.2"],
+        ["lr_factor=2", "lr_factor_on=lambda"],
+    ]
+    other = [["method.rank=4"], ["epochs=3"], ["batch_size=8"], ["method=lora"], ["task=rte"], ["precision=float64"]]
+    trials = [compose_trial(*SMALL, "fleet.size=50", *words) for words in [*same, *other]]
+    groups = plan(trials, {trial.folder: trial for trial in trials})
+    assert [len(group.trials) for group in groups] == [len(same)] + [1] * len(other)
+
+
+@pytest.mark.parametrize(("size", "parts"), [(1, [1] * 5), (2, [1, 2, 2]), (4, [2, 3]), (5, [5]), (9, [5])])
+def test_fleets_are_of_even_size(size, parts):
+    trials = [compose_trial(*SMALL, f"fleet.size={size}", f"seed={seed}") for seed in range(5)]
+    groups = plan(trials, {trial.folder: trial for trial in trials})
+    assert [len(group.trials) for group in groups] == parts
+    assert [trial for group in groups for trial in group.trials] == trials
+
+
+def test_jobs_are_composed_as_hydra_composes_them(tmp_path):
+    """In seconds for 200 jobs, where Hydra itself takes a tenth of a second for each."""
+    script = """
+import sys, time
+import hydra
+from delora import cli
+from hydra_plugins.delora_fleet import FleetLauncher
+class Timed(FleetLauncher):
+    def launch(self, job_overrides, initial_job_idx):
+        start = time.monotonic()
+        configs = self.compose_all(job_overrides)
+        taken = time.monotonic() - start
+        for words, config in list(zip(job_overrides, configs))[::17]:
+            theirs = self.context.config_loader.load_sweep_config(self.config, list(words))
+            assert config == {key: value for key, value in theirs.items() if key != "hydra"}, words
+        print(len(configs), taken < 15)
+        return []
+import hydra_plugins.delora_fleet as plugins
+plugins.FleetLauncher.launch = Timed.launch
+sys.exit(cli.main())
+"""
+    words = ["-m", "method=delora,lora,dora,ether,etherplus", "task=mrpc,rte", "lr_factor=1,2,4,8", "seed=range(5)"]
+    words += ["model=minilm", "method.dropout=0.1", "experiment=quickstart", "name=x"]
+    line = [RUN[0], "-c", script, *words]
+    answer = subprocess.run(line, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+    assert answer.stdout.strip() == "200 True", answer.stderr
+
+
+# --- One sweep
+
+
+def test_forty_trials_with_minilm(tmp_path):
+    words = ["-m", "model=minilm", "data=synthetic", "data.rows.train=16", "data.rows.validation=16", "epochs=1"]
+    words += ["batch_size=8", "method=delora,lora,dora,ether,etherplus", "lr_factor=0.5,1,2,4", "seed=42,43"]
+    words += ["name=forty", "logger=none"]
+    planned = command(*words, "plan=true", cwd=tmp_path)
+    assert "40 trials: 0 done, 40 to run in 5 fleets" in planned.stdout, planned.stderr
+    assert not (tmp_path / "outputs").exists()
+    answer = command(*words, cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    root = tmp_path / "outputs" / "forty"
+    assert all(f"mrpc {method} " in answer.stdout for method in ("delora", "lora", "dora", "ether", "etherplus"))
+    assert "×0.5" in answer.stdout and "synthetic data" in answer.stdout and "results in outputs/forty" in answer.stdout
+    found = results.find(root)
+    assert len(found.trials) == 40 and not found.problems and {t.result["fleet_size"] for t in found.trials} == {8}
+    assert {(t.result["sweep"], t.result["status"]) for t in found.trials} == {("forty", "done")}
+    assert not (root / ".fleets").exists() and not list(tmp_path.glob("outputs/*.yaml"))
+
+    before = times(root)
+    removed = found.trials[7].folder
+    shutil.rmtree(removed)
+    again = command(*words, cwd=tmp_path)
+    assert again.returncode == 0 and "39 of 40 trials are done already" in again.stderr
+    after = times(root)
+    assert [name for name in after if before[name] != after[name]] == [removed.name]
+    assert "40 done, 0 to run" in command(*words, "plan=true", cwd=tmp_path).stdout
+
+
+def test_the_same_name_with_another_config_is_refused_with_the_difference(tmp_path):
+    assert command(*SMALL, "-m", "method=lora", "seed=1,2", "epochs=1", "name=s", cwd=tmp_path).returncode == 0
+    changed = command(*SMALL, "-m", "method=lora", "seed=1,2", "epochs=2", "method.rank=4", "name=s", cwd=tmp_path)
+    assert changed.returncode == 2 and "Traceback" not in changed.stderr
+    assert "epochs: 1 → 2" in changed.stderr and "method.rank: 8 → 4" in changed.stderr
+    assert "resume=force" in changed.stderr
+    words = [*SMALL, "-m", "method=lora", "epochs=1,2", "lr_factor=2", "seed=3", "name=s"]
+    grown = command(*words, cwd=tmp_path)  # other seeds, rates and more values are no change
+    assert grown.returncode == 0, grown.stderr
+    forced = command(*SMALL, "-m", "method=lora", "seed=1,2", "epochs=3", "name=s", "resume=force", cwd=tmp_path)
+    assert forced.returncode == 0, forced.stderr
+    assert len(results.find(tmp_path / "outputs" / "s").trials) == 6
+
+
+# --- Interruptions
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """What an undisturbed sweep finds."""
+    folder = tmp_path_factory.mktemp("whole")
+    answer = command(*SMALL, *QUICK, *GRID, cwd=folder)
+    assert answer.returncode == 0, answer.stderr
+    return scores(folder / "outputs" / "s")
+
+
+def test_killed_at_random_moments_the_results_are_the_same_to_the_bit(tmp_path, whole, request):
+    draw, root = random.Random(request.config.getoption("--kills")), tmp_path / "outputs" / "s"
+    ended: dict[str, int] = {}
+    interrupted = 0
+    for _ in range(request.config.getoption("--kills")):
+        process = begin(*SMALL, *QUICK, *GRID, cwd=tmp_path)
+        if not ended and not interrupted:
+            wait_for(process, root / "*" / "metrics.jsonl")
+        time.sleep(draw.uniform(0, 6.5))
+        process.kill()
+        process.communicate()
+        interrupted += process.returncode == -signal.SIGKILL
+        if len(times(root)) == len(whole):
+            shutil.rmtree(root)
+            ended = {}
+            continue
+        assert {name: at for name, at in times(root).items() if name in ended} == ended
+        ended = times(root)
+    assert interrupted
+    answer = command(*SMALL, *QUICK, *GRID, cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert {name: at for name, at in times(root).items() if name in ended} == ended
+    assert scores(root) == whole
+    assert not (root / ".fleets").exists()
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_first(tmp_path, number, status, whole):
+    words = [*SMALL, *QUICK, *GRID, "fleet.checkpoint_seconds=1000"]
+    process = begin(*words, cwd=tmp_path)
+    wait_for(process, tmp_path / "outputs" / "s" / "*delora*" / "metrics.jsonl")
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status, errors
+    assert "goes on from the last checkpoint" in errors and "Traceback" not in errors
+    [state] = (tmp_path / "outputs" / "s" / ".fleets").glob("*/state.safetensors")
+    assert load_file(state)["values"].shape[0] == 4
+    answer = command(*words, cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert scores(tmp_path / "outputs" / "s") == whole
+
+
+def test_two_processes_share_a_sweep(tmp_path, whole):
+    pair = [begin(*SMALL, *QUICK, *GRID, "fleet.size=2", cwd=tmp_path) for _ in range(2)]
+    errors = [process.communicate(timeout=120)[1] for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], errors
+    assert scores(tmp_path / "outputs" / "s").keys() == whole.keys()
+    assert all(trial.result["fleet_size"] == 2 for trial in results.find(tmp_path / "outputs" / "s").trials)
+    assert any("in use by process" in error for error in errors)
+
+
+# --- Failures
+
+
+PLUGIN = """
+import torch
+from delora.methods.lora import LoRA
+
+class Fails(LoRA):
+    def forward(self, x_KNI, *others):
+        if (self.scale == 13 / 8).any():
+            raise ZeroDivisionError("thirteen")
+        return super().forward(x_KNI, *others)
+
+class Large(LoRA):
+    def forward(self, x_KNI, *others):
+        if len(x_KNI) > 2:
+            raise torch.OutOfMemoryError("no memory for more than two")
+        return super().forward(x_KNI, *others)
+"""
+
+
+@pytest.fixture
+def plugin(tmp_path):
+    """A user's own methods, in a folder beside the run."""
+    (tmp_path / "mine.py").write_text(PLUGIN)
+    (tmp_path / "conf" / "method").mkdir(parents=True)
+    lora = (Path(__file__).parents[1] / "conf" / "method" / "lora.yaml").read_text()
+    for name in ("Fails", "Large"):
+        text = lora.replace("delora.methods.lora.LoRA", f"mine.{name}").replace("name: lora", f"name: {name.lower()}")
+        (tmp_path / "conf" / "method" / f"{name.lower()}.yaml").write_text(text)
+    return {"PYTHONPATH": str(tmp_path)}
+
+
+def test_a_trial_that_fails_leaves_the_others_alone(tmp_path, plugin):
+    words = [*SMALL, "--config-dir", "conf", "-m", "method=fails", "method.alpha=8,9,13,10", "name=f"]
+    answer = command(*words, cwd=tmp_path, env=plugin)
+    assert answer.returncode == 1 and "Traceback" not in answer.stderr
+    assert "failed: ZeroDivisionError: thirteen" in answer.stderr and "failed: outputs/f/" in answer.stdout
+    found = results.find(tmp_path / "outputs" / "f")
+    assert sorted(t.result["config"]["method"]["alpha"] for t in found.trials) == [8, 9, 10]
+    [failed] = found.unfinished
+    assert "Traceback" in (failed / "log.txt").read_text() and "thirteen" in (failed / "log.txt").read_text()
+    before = times(tmp_path / "outputs" / "f")
+    again = command(*words, "on_error=retry", cwd=tmp_path, env=plugin)
+    assert again.returncode == 1 and "once more" in again.stderr
+    assert times(tmp_path / "outputs" / "f") == before
+    words[-2] = "method.alpha=13,11"
+    stopped = command(*words, "on_error=stop", "fleet.size=1", cwd=tmp_path, env=plugin)
+    assert stopped.returncode == 1 and "thirteen" in stopped.stderr
+    assert times(tmp_path / "outputs" / "f") == before
+
+
+def test_a_fleet_that_does_not_fit_into_memory_is_halved(tmp_path, plugin):
+    words = [*SMALL, "--config-dir", "conf", "-m", "method=large", "seed=range(5)", "name=m"]
+    answer = command(*words, cwd=tmp_path, env=plugin)
+    assert answer.returncode == 0, answer.stderr
+    assert "5 trials together do not fit into memory" in answer.stderr
+    assert sorted(t.result["fleet_size"] for t in results.find(tmp_path / "outputs" / "m").trials) == [1, 2, 2, 2, 2]
+
+
+def test_halves_go_on_where_the_fleet_was(tmp_path):
+    words = [*SMALL, *QUICK, "-m", "method=delora", "lr_factor=0.5,2", "seed=1,2", "name=s"]
+    process = begin(*words, cwd=tmp_path)
+    wait_for(process, tmp_path / "outputs" / "s" / "*" / "metrics.jsonl")
+    process.send_signal(signal.SIGTERM)
+    process.communicate(timeout=60)
+    [kept] = (tmp_path / "outputs" / "s" / ".fleets").glob("*/trials.json")
+    seeds = ["seed=1,2", "lr_factor=0.5,2"]
+    common = [*SMALL, *QUICK, "method=delora", "sweep=s", f"output_dir={tmp_path / 'outputs'}"]
+    trials = [compose_trial(*common, f"lr_factor={factor}", f"seed={seed}") for factor in (0.5, 2) for seed in (1, 2)]
+    assert json.loads(kept.read_text()) == [trial.folder.name for trial in trials], seeds
+    whole_state = load_file(kept.with_name("state.safetensors"))
+    halves = Group(tuple(trials)).halves()
+    assert not kept.exists()
+    for half, rows in zip(halves, (slice(0, 2), slice(2, 4)), strict=True):
+        state = load_file(half.state)
+        assert state.keys() == whole_state.keys() and all((state[n] == whole_state[n][rows]).all() for n in state)
+    answer = command(*words, cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert {t.result["fleet_size"] for t in results.find(tmp_path / "outputs" / "s").trials} == {2}
+
+
+def test_a_removed_folder_ends_its_trial_alone(tmp_path):
+    words = [*SMALL, "-m", "method=lora", "seed=1,2", "epochs=60", "log_every=1", "name=r"]
+    process = begin(*words, cwd=tmp_path)
+    root = tmp_path / "outputs" / "r"
+    wait_for(process, root / "*seed2*" / "metrics.jsonl")
+    [folder] = root.glob("*seed1*")
+    shutil.rmtree(folder)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1 and "Traceback" not in errors, errors
+    assert "was removed while the trial ran" in errors
+    assert [trial.result["config"]["seed"] for trial in results.find(root).trials] == [2]
+
+
+# --- Hydra's other launchers and sweepers
+
+
+@pytest.mark.parametrize("launcher", ["basic", "joblib", "submitit_local"])
+def test_under_other_launchers_each_job_is_a_fleet_of_one(tmp_path, launcher):
+    if launcher != "basic":
+        pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")
+    more = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
+    answer = command(
+        *SMALL, "-m", "method=lora", "seed=1,2", "name=o", f"hydra/launcher={launcher}", *more, cwd=tmp_path
+    )
+    assert answer.returncode == 0, answer.stderr
+    found = results.find(tmp_path / "outputs" / "o").trials
+    assert [trial.result["fleet_size"] for trial in found] == [1, 1]
+
+
+def test_optuna_receives_the_headline_score_in_batches(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+    words = [*SMALL, "-m", "method=lora", "hydra/sweeper=optuna", "hydra.sweeper.direction=maximize", "name=t"]
+    words += ["hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=2", "lr=interval(1e-4,1e-2)"]
+    words += ["hydra.sweeper.storage=sqlite:///study.db", "hydra.sweeper.study_name=t"]
+    answer = command(*words, cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    found = results.find(tmp_path / "outputs" / "t").trials
+    assert len(found) == 4 and {trial.result["fleet_size"] for trial in found} == {2}
+    import optuna
+
+    told = sorted(t.value for t in optuna.load_study(study_name="t", storage=f"sqlite:///{tmp_path}/study.db").trials)
+    assert told == sorted(trial.result["best"]["validation"]["accuracy"] for trial in found)
