@@ -4,8 +4,9 @@ import logging
 import math
 import os
 import re
+import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from delora.results import Result
 
+INTERRUPTION = "delora-run: interrupted; the same command goes on from the last checkpoint"
 FAILED, DIVERGED, INTERRUPTED = 1, 3, 130
 
 HELP = """\
@@ -56,14 +58,22 @@ def main() -> int:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(_help(), end="")
         return 0
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as under nohup
+        signal.signal(signal.SIGINT, _leave)
     try:
         _start()
     except (UserError, OSError) as error:
         return _tell(error)
     except KeyboardInterrupt as interruption:
-        print("delora-run: interrupted; the same command goes on from the last checkpoint", file=sys.stderr)
+        print(INTERRUPTION, file=sys.stderr)
         return getattr(interruption, "status", INTERRUPTED)
     return outcome.status
+
+
+def _leave(*_: object) -> None:
+    """Ends the process at Ctrl-C outside the training loop: many an import swallows a KeyboardInterrupt."""
+    print(INTERRUPTION, file=sys.stderr, flush=True)
+    os._exit(INTERRUPTED)
 
 
 def _tell(error: UserError | OSError) -> int:
@@ -190,8 +200,18 @@ def _help() -> str:
     text = (conf_folder() / "config.yaml").read_text(encoding="utf-8")
     defaults = dict(re.findall(r"^  - (\w+): (\w+)$", text, re.MULTILINE))
     groups = [line for group, default in defaults.items() for line in _help_on_group(group, default)]
-    keys = re.findall(r"^(\w+): (\S+)  # (.+)$", text, re.MULTILINE)
-    return HELP.format(groups="\n".join(groups), keys="\n".join(_columns(keys)))
+    return HELP.format(groups="\n".join(groups), keys="\n".join(_columns(_keys(text))))
+
+
+def _keys(text: str) -> Iterator[tuple[str, str, str]]:
+    """Key, value and comment of each line that has all three."""
+    group = ""
+    for line in text.splitlines():
+        if found := re.fullmatch(r"(  )?(\w+): (\S+)  # (.+)", line):
+            indent, key, value, comment = found.groups()
+            yield f"{group}.{key}" if indent else key, value, comment
+        elif found := re.fullmatch(r"(\w+):", line):
+            group = found[1]
 
 
 def _help_on_group(group: str, default: str) -> Iterator[str]:
@@ -201,7 +221,7 @@ def _help_on_group(group: str, default: str) -> Iterator[str]:
         yield f"{mark} {f'{group}={path.stem}':<25}{comments[0] if comments else ''}"
 
 
-def _columns(keys: Sequence[tuple[str, str, str]]) -> Iterator[str]:
+def _columns(keys: Iterable[tuple[str, str, str]]) -> Iterator[str]:
     for key, value, comment in keys:
         yield f"  {f'{key}={value}':<37}{comment}"
 

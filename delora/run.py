@@ -114,7 +114,9 @@ def require_all(trials: Sequence[Trial]) -> None:
         for text in (rows_of.missing(TASKS[trial.task.name], **where), pretrained.missing(trial.model)):
             lacks |= {text: None} if text else {}
     if lacks:
-        raise UserError("missing on this machine:\n" + "\n".join(lacks))
+        first = trials[0]
+        embedded = f"delora-run task={first.task.name} method={first.method.name} model=minilm data=synthetic"
+        raise UserError("\n".join(["missing on this machine:", *lacks, f"without hub and files:\n    {embedded}"]))
 
 
 def prepare(config: Trial) -> tuple[Dataset, dict[str, Tokens]]:
@@ -137,9 +139,9 @@ def _prepare(name: str, data, model, max_length: int, batch_size: int, device: s
     tokens = {split: Tokens(rows, tokenizer, max_length, place, dtype) for split, rows in dataset.splits.items()}
     if batch_size > len(tokens["train"]):
         raise UserError(f"batch_size={batch_size}: there are only {len(tokens['train'])} training rows")
-    cut = sum(t.cut for t in tokens.values())
+    cut, rows = sum(t.cut for t in tokens.values()), sum(map(len, tokens.values()))
     if cut:
-        logger.warning("%d examples fill max_length=%d tokens and may be cut", cut, max_length)
+        logger.warning("%d of %d examples are longer than max_length=%d tokens and were cut", cut, rows, max_length)
     return dataset, tokens
 
 

@@ -87,7 +87,8 @@ class State:
         """Tensors (K, ...), and plain data with a list of length K, for a checkpoint."""
         tensors = self._rows()
         logits = [outcome.predictions.get(VALIDATION) for outcome in self.outcomes]
-        if some := next((one for one in logits if one is not None), None):
+        some = next((one for one in logits if one is not None), None)
+        if some is not None:
             tensors["best_logits"] = torch.stack([torch.zeros_like(some) if one is None else one for one in logits])
         outcomes = [
             {

@@ -180,12 +180,13 @@ def test_a_diverged_trial_is_recorded_and_ends_with_status_3(delora_run, tmp_pat
 def test_ctrl_c_in_training_leaves_no_result_and_the_same_command_finishes(delora_run, tmp_path):
     words, folder = [*TINY, "epochs=30", "name=c"], tmp_path / "outputs" / "c"
     with start(delora_run, *words, cwd=tmp_path) as process:
-        while not ((metrics := folder / "metrics.jsonl").exists() and metrics.stat().st_size):
+        metrics, scored = folder / "metrics.jsonl", '"kind": "evaluation", "epoch": 1,'
+        while not (metrics.exists() and scored in metrics.read_text()):
             assert process.poll() is None
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and "Traceback" not in errors
+    assert process.returncode == 130 and "Traceback" not in errors, errors
     assert errors.splitlines()[-1].startswith("delora-run: interrupted")
     assert not (folder / "result.json").exists() and [folder] == results.find(tmp_path).unfinished
     answer = command(delora_run, *words, cwd=tmp_path)
@@ -201,6 +202,6 @@ def test_ctrl_c_before_training_is_as_quiet(delora_run, tmp_path, seconds):
         time.sleep(seconds)
         process.send_signal(signal.SIGINT)
         output, errors = process.communicate(timeout=60)
-    assert process.returncode == 130 and output == "" and "Traceback" not in errors
+    assert process.returncode == 130 and output == "" and "Traceback" not in errors, errors
     assert errors.splitlines()[-1].startswith("delora-run: interrupted")
     assert not list(tmp_path.rglob("result.json"))

@@ -37,6 +37,9 @@ class Tokens:
         max_length: examples with more tokens are cut.
         device: where the matrices stay.
         score_dtype: the dtype of regression labels.
+
+    Attributes:
+        cut: how many examples were.
     """
 
     def __init__(
@@ -50,7 +53,8 @@ class Tokens:
         columns = [list(column) for column in zip(*rows.texts, strict=True)]
         encoded = tokenizer(*columns, truncation=True, max_length=max_length, padding=False)
         self.lengths_S = np.array([len(ids) for ids in encoded["input_ids"]])
-        self.cut = int((self.lengths_S == max_length).sum())
+        full = np.flatnonzero(self.lengths_S == max_length)
+        self.cut = sum(bool(encoded.encodings[i].overflowing) for i in full)
         fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": 0}
         self.inputs = {
             name: _padded(encoded[name], self.lengths_S, value).to(device)
