@@ -227,4 +227,6 @@ def _columns(keys: Iterable[tuple[str, str, str]]) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    from delora import cli  # the module that the launcher sees
+
+    sys.exit(cli.main())

@@ -42,7 +42,7 @@ class Interrupted(KeyboardInterrupt):
 
 def run_fleet(
     trials: Sequence[Trial], folders: Sequence[TrialFolder | None], state: Path, console: Console, tracking: Tracking
-) -> dict[int, Result]:
+) -> tuple[dict[int, Result], dict[int, ResultsError]]:
     """Trains trials together, going on from the state on disk if there is one, and writes their folders.
 
     Args:
@@ -51,7 +51,7 @@ def run_fleet(
         state: the file of the fleet's state, safetensors; deleted when all is written.
 
     Returns:
-        Results by index; a trial whose folder could not be written has none.
+        Results by index, and why a trial has none: its folder could not be written.
 
     Raises:
         UserError: data, weights, a folder or the disk are not as they must be.
@@ -84,7 +84,7 @@ def run_fleet(
                 if recorder.finish(k, outcome, result):
                     found[k] = result
         checkpoint.delete()
-    return found
+    return found, recorder.errors
 
 
 def choose_device(name: str) -> torch.device:
@@ -273,17 +273,21 @@ class Recorder:
         self.trials, self.folders, self.console = trials, list(folders), console
         self.start = time.perf_counter()
         self.trackers: list[Tracker | None] = [None] * len(trials)
+        self.errors: dict[int, ResultsError] = {}
         for k, (trial, folder) in enumerate(zip(trials, folders, strict=True)):
             if folder is None:
                 continue
             self.trackers[k] = tracking.start(
                 trial.id, trial.resolved(), folder.path, group=trial.sweep, ignore=NOT_THE_TRIAL
             )
-            if position is None:
-                folder.restart()
-                continue
-            for line in folder.rewind(*position):
-                self._track(k, line)
+            self._write(k, functools.partial(self._begin, k, position))
+
+    def _begin(self, trial: int, position: tuple[int, int] | None, folder: TrialFolder) -> None:
+        if position is None:
+            folder.restart()
+            return
+        for line in folder.rewind(*position):
+            self._track(trial, line)
 
     def step(self, step: int, epoch: float, loss_K: list[float | None], lr_K: list[float]) -> None:
         seconds = time.perf_counter() - self.start
@@ -323,7 +327,7 @@ class Recorder:
         if self._write(trial, lambda folder: folder.record(line)):
             self._track(trial, line)
 
-    def _write(self, trial: int, write: Callable[[TrialFolder], None]) -> bool:
+    def _write(self, trial: int, write: Callable[[TrialFolder], object]) -> bool:
         folder = self.folders[trial]
         if folder is None:
             return False
@@ -331,7 +335,7 @@ class Recorder:
             write(folder)
             return True
         except ResultsError as error:
-            self.folders[trial] = None
+            self.folders[trial], self.errors[trial] = None, error
             self.console.failed(self.trials[trial], str(error))
             if not any(self.folders):
                 raise

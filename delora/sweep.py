@@ -191,8 +191,9 @@ class Sweep:
             if not any(folders):
                 group.forget()
                 return
+            over: tuple[dict[int, Result], dict[int, ResultsError]] | None = None
             try:
-                found = run_fleet(group.trials, folders, group.state, self.console, self.tracking)
+                over = run_fleet(group.trials, folders, group.state, self.console, self.tracking)
             except ResultsError:
                 raise
             except UserError as error:
@@ -206,8 +207,7 @@ class Sweep:
                     told = "it does not fit into memory" if too_large else f"{type(error).__name__}: {error}"
                     self._fail(group.trials[0], TrialFailed(f"{told} (log in {group.trials[0].folder})"))
                     return
-                found = None
-        if found is None:
+        if over is None:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
@@ -217,10 +217,10 @@ class Sweep:
                 self._train(half)
             return
         group.forget()
-        for k, result in found.items():
-            trial = group.trials[k]
-            self.found[trial.folder] = result
-            self.console.finished(trial, result)
+        for k, result in over[0].items():
+            self.found[group.trials[k].folder] = result
+            self.console.finished(group.trials[k], result)
+        self.failures |= {group.trials[k].folder: error for k, error in over[1].items()}
 
     def _fail(self, trial: Trial, error: Exception) -> None:
         if trial.folder in self.found:

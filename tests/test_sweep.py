@@ -34,6 +34,7 @@ def scores(root: Path) -> dict[str, object]:
     kept = {}
     for trial in found.trials:
         result = {k: v for k, v in trial.result.items() if k not in ("seconds", "fleet_size", "made_by")}
+        result["config"].pop("fleet")
         steps = [{k: v for k, v in step.items() if k != "seconds"} for step in trial.steps()]
         tensors = {
             name: {key: tensor.numpy().tobytes() for key, tensor in load_file(trial.folder / name).items()}
@@ -53,9 +54,10 @@ def begin(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subp
     return subprocess.Popen([*RUN, *arguments], cwd=cwd, env=environment, text=True, **pipes)
 
 
-def wait_for(process: subprocess.Popen[str], pattern: Path, seconds: float = 60) -> None:
+def wait_for(process: subprocess.Popen[str], folders: Path, seconds: float = 60) -> None:
+    """Until training began in a folder of that pattern."""
     end = time.monotonic() + seconds
-    while not list(pattern.parent.parent.glob(f"{pattern.parent.name}/{pattern.name}")):
+    while not any(path.stat().st_size for path in folders.parent.glob(f"{folders.name}/metrics.jsonl")):
         assert time.monotonic() < end
         if process.poll() is not None:
             raise AssertionError(process.communicate()[1])
@@ -171,7 +173,7 @@ def test_killed_at_random_moments_the_results_are_the_same_to_the_bit(tmp_path, 
     for _ in range(request.config.getoption("--kills")):
         process = begin(*SMALL, *QUICK, *GRID, cwd=tmp_path)
         if not ended and not interrupted:
-            wait_for(process, root / "*" / "metrics.jsonl")
+            wait_for(process, root / "*")
         time.sleep(draw.uniform(0, 6.5))
         process.kill()
         process.communicate()
@@ -194,7 +196,7 @@ def test_killed_at_random_moments_the_results_are_the_same_to_the_bit(tmp_path, 
 def test_a_signal_saves_first(tmp_path, number, status, whole):
     words = [*SMALL, *QUICK, *GRID, "fleet.checkpoint_seconds=1000"]
     process = begin(*words, cwd=tmp_path)
-    wait_for(process, tmp_path / "outputs" / "s" / "*delora*" / "metrics.jsonl")
+    wait_for(process, tmp_path / "outputs" / "s" / "*delora*")
     process.send_signal(number)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == status, errors
@@ -224,7 +226,7 @@ from delora.methods.lora import LoRA
 
 class Fails(LoRA):
     def forward(self, x_KNI, *others):
-        if (self.scale == 13 / 8).any():
+        if (self.scale_K == 13 / 8).any():
             raise ZeroDivisionError("thirteen")
         return super().forward(x_KNI, *others)
 
@@ -278,7 +280,7 @@ def test_a_fleet_that_does_not_fit_into_memory_is_halved(tmp_path, plugin):
 def test_halves_go_on_where_the_fleet_was(tmp_path):
     words = [*SMALL, *QUICK, "-m", "method=delora", "lr_factor=0.5,2", "seed=1,2", "name=s"]
     process = begin(*words, cwd=tmp_path)
-    wait_for(process, tmp_path / "outputs" / "s" / "*" / "metrics.jsonl")
+    wait_for(process, tmp_path / "outputs" / "s" / "*")
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     [kept] = (tmp_path / "outputs" / "s" / ".fleets").glob("*/trials.json")
@@ -301,7 +303,7 @@ def test_a_removed_folder_ends_its_trial_alone(tmp_path):
     words = [*SMALL, "-m", "method=lora", "seed=1,2", "epochs=60", "log_every=1", "name=r"]
     process = begin(*words, cwd=tmp_path)
     root = tmp_path / "outputs" / "r"
-    wait_for(process, root / "*seed2*" / "metrics.jsonl")
+    wait_for(process, root / "*seed2*")
     [folder] = root.glob("*seed1*")
     shutil.rmtree(folder)
     _, errors = process.communicate(timeout=120)
