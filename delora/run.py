@@ -1,5 +1,7 @@
 """One fleet of trials from config to results: config → data → model + method → train → results."""
 
+import contextlib
+import ctypes
 import dataclasses
 import functools
 import json
@@ -31,6 +33,8 @@ from delora.train import Data, Outcome, Score, State, Totals, train
 
 logger = logging.getLogger(__name__)
 
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
+
 
 class Interrupted(KeyboardInterrupt):
     """SIGINT or SIGTERM came; what was trained is on disk. `status` is the exit status."""
@@ -59,6 +63,8 @@ def run_fleet(
     """
     started, config = time.perf_counter(), trials[0]
     task, device = TASKS[config.task.name], choose_device(config.device)
+    if device.type == "cpu":
+        keep_memory()
     dataset, tensors = prepare(config)
     encoder = pretrained.load(config.model, task)
     encoder.model.set_attn_implementation(ATTENTION)
@@ -85,6 +91,18 @@ def run_fleet(
                     found[k] = result
         checkpoint.delete()
     return found, recorder.errors
+
+
+@functools.cache
+def keep_memory() -> None:
+    """Has glibc keep freed blocks; it gives large ones back at once, and takes them anew page by page, zeroed.
+
+    On the CPU that takes half of the time of a fleet's step.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # another C library
+        library = ctypes.CDLL(None)
+        library.mallopt(M_MMAP_MAX, 0)
+        library.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def choose_device(name: str) -> torch.device:

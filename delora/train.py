@@ -22,6 +22,7 @@ from delora.tasks import Task
 
 MISMATCHED = "accuracy_mm"
 VALIDATION = "validation"
+EXAMPLES_ON_CPU = 8  # of each trial at once
 
 
 @dataclass
@@ -239,11 +240,16 @@ def _logits(fleet: Fleet, batch: Batch) -> Tensor:
 
 
 def _backward(fleet: Fleet, tokens: Tokens, index_KB: Tensor, totals: Totals, accumulation: int) -> Tensor:
-    """Adds the batch's gradients, cut into `accumulation` micro-batches; the mean loss of each trial, (K,)."""
+    """Adds the batch's gradients, computed in parts; the mean loss of each trial, (K,).
+
+    The parts hold examples of about the same length, so that little is padded.
+    """
     examples = index_KB.shape[1]
     loss_K = torch.zeros(len(index_KB), dtype=fleet.dtype, device=fleet.device)
-    first = 0
-    for chunk_KB in index_KB.split(-(-examples // accumulation), dim=1):
+    size, first = -(-examples // accumulation), 0
+    if fleet.device.type == "cpu":  # starting an operation costs nothing there
+        size = min(size, EXAMPLES_ON_CPU)
+    for chunk_KB in index_KB.gather(1, tokens.order_by_length(index_KB)).split(size, dim=1):
         batch = tokens.gather(chunk_KB)
         fleet.keys.set(totals.steps, first, chunk_KB.shape[1], batch.inputs["input_ids"].shape[1])
         chunk_loss_K = example_losses(_logits(fleet, batch), batch.labels_KB).sum(1) / examples

@@ -78,11 +78,13 @@ class Tokens:
         inputs["attention_mask"] = position_T < self._length_S[index.flatten(), None]
         return Batch(inputs, self.labels_S[index], int(lengths.sum()))
 
+    def order_by_length(self, index_KS: Tensor) -> Tensor:
+        """Columns (K, S) of `index_KS` that put each trial's short examples first, equal ones as they were."""
+        return torch.from_numpy(np.argsort(self.lengths_S[index_KS.numpy()], axis=1, kind="stable"))
+
     def in_order(self, index_KS: Tensor, size: int) -> Iterator[tuple[Tensor, Batch]]:
         """Batches of `size` that cover `index_KS`, short examples first: (columns of index_KS (K, B), Batch)."""
-        order = np.argsort(self.lengths_S[index_KS.numpy()], axis=1, kind="stable")
-        order_KS = torch.from_numpy(order)
-        for columns in order_KS.split(size, dim=1):
+        for columns in self.order_by_length(index_KS).split(size, dim=1):
             yield columns, self.gather(index_KS.gather(1, columns))
 
 
