@@ -58,7 +58,13 @@ class Group:
     def keep(self) -> None:
         """Writes down which trials train together."""
         names = [trial.folder.name for trial in self.trials]
-        results.replace(self.folder / TRIALS, json.dumps(names).encode())
+        for attempt in range(5):
+            try:
+                results.replace(self.folder / TRIALS, json.dumps(names).encode())
+                return
+            except ResultsError:  # another process may remove the folder just then, as its last fleet ended
+                if attempt == 4:
+                    raise
 
     def forget(self) -> None:
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -263,7 +269,10 @@ def plan(missing: Sequence[Trial], known: Mapping[Path, Trial]) -> list[Group]:
     groups = []
     for root in {folder.parent: None for folder in left}:
         for path in sorted((root / FLEETS).glob(f"*/{TRIALS}")):
-            folders = [root / name for name in json.loads(path.read_text())]
+            try:
+                folders = [root / name for name in json.loads(path.read_text())]
+            except FileNotFoundError:  # another process has just ended it
+                continue
             begun = path.with_name(STATE).exists()
             whole = all(folder in (known if begun else left) for folder in folders)
             if whole and any(folder in left for folder in folders):
