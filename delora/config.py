@@ -23,7 +23,7 @@ from delora.tasks import TASKS
 
 # Keys that say where and how to run, not what; two configs that differ in these alone are the same trial.
 NOT_THE_TRIAL = (
-    *("name", "sweep", "output_dir", "logger", "device", "log_every", "data.dir"),
+    *("name", "sweep", "output_dir", "logger", "device", "compile", "log_every", "data.dir"),
     *("fleet", "on_error", "resume", "plan"),
 )
 # Keys in which the trials of one fleet may differ.
@@ -223,6 +223,7 @@ class Trial(Section):
     clip_norm: Positive | None
     device: Annotated[str, AfterValidator(_device)]
     precision: Literal["float32", "bfloat16", "float64"]
+    compile: bool | Literal["auto"]
     log_every: Whole
     name: FolderName | None
     sweep: FolderName | None

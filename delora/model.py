@@ -1,10 +1,12 @@
 """The frozen encoder, with a method on its target layers and a head for each of K trials.
 
-Inputs are (K·B, T), trial after trial; the encoder's own code is unchanged. Shapes as in `delora.methods.base`.
+The encoder's own code is unchanged. Its inputs are (K·B, T), trial after trial, or where it can be (K, N): the
+examples of a trial one after the other, without padding. Shapes as in `delora.methods.base`, `delora.data.batches`.
 """
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,16 +16,17 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
+from delora.attention import packed_attention
 from delora.config import PER_TRIAL, Trial, matches
+from delora.data.batches import Batch
 from delora.errors import UserError
 from delora.methods.base import Method
 from delora.randomness import Draw, Dropout, TokenKeys
 
-DTYPES = {
-    "float32": torch.float32,
-    "bfloat16": torch.float32,
-    "float64": torch.float64,
-}  # of weights, not of autocast
+# Of what is trained and summed up, and of the frozen encoder and its activations.
+DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
+ENCODER_DTYPES = {**DTYPES, "bfloat16": torch.bfloat16}
+PACKED = ("bert", "roberta", "xlm-roberta", "camembert")  # encoders whose only tie between tokens is the attention
 HEADS = ("classifier", "score")  # what transformers names a sequence classification head
 ATTENTION = "delora"
 
@@ -34,17 +37,19 @@ class AdaptedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, method: Method, dropout: Dropout):
         super().__init__()
         self.weight, self.bias, self.method, self.dropout = linear.weight, linear.bias, method, dropout
+        self.dtype: torch.dtype = linear.weight.dtype  # of what is trained; the frozen weight may get another
 
     def forward(self, x: Tensor) -> Tensor:
         x_KNI = x.reshape(len(self.dropout.rates), -1, x.shape[-1])
         dropped = self.dropout(x)
         dropped_KNI = x_KNI if dropped is x else dropped.reshape(x_KNI.shape)
-        y_KNO = self.method(x_KNI, dropped_KNI, self.weight, self.bias)
-        return y_KNO.view(*x.shape[:-1], -1)
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.dtype == torch.bfloat16):
+            y_KNO = self.method(x_KNI, dropped_KNI, self.weight, self.bias)
+        return y_KNO.to(x.dtype).view(*x.shape[:-1], -1)
 
-    def distance(self) -> Tensor:
-        """‖W′ − W‖_F of each trial, (K,)."""
-        return self.method.delta(self.weight).flatten(1).norm(dim=1)
+    def delta(self) -> Tensor:
+        """ΔW of each trial, (K, O, I), in the dtype of what is trained."""
+        return self.method.delta(self.weight.to(self.dtype))
 
 
 class HeadLinear(nn.Module):
@@ -74,6 +79,9 @@ class Fleet(nn.Module):
         trials: K configs that agree in everything but seed, rates and strengths.
         device: where it runs.
 
+    Attributes:
+        packs: whether it takes batches whose examples are packed.
+
     Raises:
         UserError: no layer matches the targets, an option does not fit a layer, or the model has no head to train.
     """
@@ -84,6 +92,7 @@ class Fleet(nn.Module):
         self.tokenizer: transformers.PreTrainedTokenizerBase | None = None
         self.dtype = dtype = DTYPES[self.precision]
         self.base = base.to(device=device, dtype=dtype).requires_grad_(False)  # type: ignore[call-arg]
+        base.set_attn_implementation(ATTENTION)
         seeds = [trial.seed for trial in trials]
         self.keys = TokenKeys(seeds, device)
         self._train_head(seeds, dtype, device)
@@ -91,6 +100,21 @@ class Fleet(nn.Module):
         for name, module in list(base.named_modules()):
             if type(module) is nn.Dropout:
                 _replace(base, name, Dropout(self.keys, name, [module.p] * len(seeds)))
+        for _, parameter in self.frozen():
+            parameter.data = parameter.to(ENCODER_DTYPES[self.precision])
+        self.packs: bool = base.config.model_type in PACKED
+        if self.packs:
+            self._prune()
+
+    def _prune(self) -> None:
+        """Of a packed batch, lets only first tokens through what follows the last attention: the head reads these."""
+        last: Any = self._layers()[-1]
+        last.attention.output.register_forward_pre_hook(lambda _, args: tuple(map(self._first, args)))
+        for module in [*last.attention.output.modules(), *last.output.modules()]:
+            if isinstance(module, Dropout):
+                module.of_first = True
+        reader = self.base.base_model.pooler or self.base.get_submodule(self.head_names[0].split(".")[0])
+        reader.register_forward_pre_hook(lambda _, args: (self._as_examples(args[0]), *args[1:]))
 
     def _train_head(self, seeds: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
         linears = [n for n, m in self.base.named_modules() if isinstance(m, nn.Linear) and n.split(".")[0] in HEADS]
@@ -122,6 +146,27 @@ class Fleet(nn.Module):
                 raise UserError(f"method {config.name} on layer {name}: {error}") from None
             dropout = Dropout(self.keys, f"{name}.method", rates)
             _replace(self.base, name, AdaptedLinear(linear, adapter.to(device), dropout))
+
+    def compile_layers(self) -> None:
+        """Has the encoder's layers compiled when they are first used, once for all that are alike."""
+        torch._dynamo.config.recompile_limit = 64  # methods and sizes of fleets in one process
+        for layer in self._layers():
+            layer.compile(dynamic=True)
+
+    def _layers(self) -> nn.ModuleList:
+        return self.base.get_submodule(f"{self.base.base_model_prefix}.encoder.layer")  # type: ignore[return-value]
+
+    def _first(self, x: Tensor) -> Tensor:
+        """Of hidden states (K, N, H) those of the first tokens, (K, B, H)."""
+        layout = self.keys.layout
+        if layout is None:
+            return x
+        place_KB = layout.first_KB + torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
+        return x.flatten(0, 1).index_select(0, place_KB.flatten()).view(*place_KB.shape, -1)
+
+    def _as_examples(self, x: Tensor) -> Tensor:
+        """First tokens (K, B, H) as examples of one token, (K·B, 1, H)."""
+        return x if self.keys.layout is None else x.flatten(0, 1)[:, None]
 
     @property
     def device(self) -> torch.device:
@@ -156,18 +201,28 @@ class Fleet(nn.Module):
 
     def checksum(self) -> Tensor:
         """A checksum of the frozen weights' bits, int64, left on the device."""
-        integers = {4: torch.int32, 8: torch.int64}
+        integers = {2: torch.int16, 4: torch.int32, 8: torch.int64}
         return torch.stack([p.view(integers[p.element_size()]).sum() for _, p in self.frozen()]).sum()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Tensor):
         """Transformers' output for inputs (K·B, T); its `logits` are (K·B, labels)."""
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
-            return self.base(input_ids=input_ids, attention_mask=attention_mask, **inputs)
+        self.keys.layout = None
+        return self.base(input_ids=input_ids, attention_mask=attention_mask, **inputs)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Logits (K, B, labels) of a batch, packed where `packs`. For dropout its `keys` must be set."""
+        if self.packs:
+            self.keys.layout = batch.layout
+            position_KN = batch.layout.position_KN + getattr(self.base.base_model.embeddings, "padding_idx", -1) + 1
+            logits = self.base(**batch.inputs, position_ids=position_KN).logits
+        else:
+            logits = self(**batch.inputs).logits
+        return logits.to(self.dtype).view(*batch.labels_KB.shape, -1)
 
     @torch.no_grad()
     def distances(self) -> dict[str, Tensor]:
         """‖W′ − W‖_F of each trial (K,), by adapted layer."""
-        return {name: module.distance() for name, module in self.adapted()}
+        return {name: module.delta().flatten(1).norm(dim=1) for name, module in self.adapted()}
 
     @torch.no_grad()
     def strengths(self) -> dict[str, Tensor]:
@@ -200,10 +255,10 @@ class Fleet(nn.Module):
 
     def merge(self, trial: int = 0) -> transformers.PreTrainedModel:
         """A plain transformers model with one trial's adapters merged into the weights, for `save_pretrained`."""
-        base = copy.deepcopy(self.base)
+        base = copy.deepcopy(self.base).to(self.dtype)  # type: ignore[call-arg]
         for name, module in list(base.named_modules()):
             if isinstance(module, AdaptedLinear):
-                weight: Tensor = module.weight + module.method.delta(module.weight)[trial]
+                weight: Tensor = module.weight + module.delta()[trial]
                 bias: Tensor | None = module.bias
             elif isinstance(module, HeadLinear):
                 weight, bias = module.weight[trial], None if module.bias is None else module.bias[trial]
@@ -247,14 +302,22 @@ def _plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
 
 
 def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **_):
-    """Scaled dot-product attention over (K·B, heads, T, D) whose dropout is hashed, for transformers' interface."""
+    """Scaled dot-product attention over (K·B, heads, T, D) whose dropout is hashed, for transformers' interface.
+
+    Of packed batches (K, heads, N, D), within each example.
+    """
+    keys, scaling = module.dropout.keys, query.shape[-1] ** -0.5 if scaling is None else scaling
+    if keys.layout is not None:
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        return packed_attention(q, k, v, keys.layout, scaling, module.dropout if dropout else None), None
     if dropout == 0:
         y = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
         return y.transpose(1, 2), None
-    weights = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)
+    weights = query @ key.mT * scaling
     if attention_mask is not None:
         weights = weights.masked_fill(~attention_mask, torch.finfo(weights.dtype).min)
-    weights = module.dropout(weights.softmax(-1))
+    key_KBT = keys.key_KN.view(len(keys.key_KN), -1, query.shape[2])
+    weights = module.dropout.of_weights(weights.softmax(-1), key_KBT)
     return (weights @ value).transpose(1, 2), None
 
 

@@ -8,9 +8,13 @@ Shapes: K trials, B examples a trial, T tokens.
 
 import hashlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    from delora.data.batches import Layout
 
 
 def hash64(*parts: object) -> int:
@@ -64,65 +68,81 @@ def _mix(x: Tensor) -> Tensor:
 
 
 class TokenKeys:
-    """What the dropout layers of one fleet share: a 32-bit key for each (trial, step, example, position).
+    """What the dropout layers of one fleet share: a 32-bit key for each token of each trial.
 
-    The key does not depend on padding, on the other trials or on how a batch is cut into micro-batches.
+    A key is a function of (seed, step, example, position in it) alone: not of where the token lies, of padding, of the
+    other trials, or of how a batch is cut into parts.
+
+    Attributes:
+        layout: of the batch that is computed; None where its examples are not packed.
     """
 
     def __init__(self, seeds: Sequence[int], device: torch.device):
         self._seed_K = torch.tensor([_signed32(hash64("dropout", s)) for s in seeds], dtype=torch.int32, device=device)
-        self.key_KBT = torch.zeros(len(seeds), 1, 1, dtype=torch.int32, device=device)
+        self.key_KN = self.first_KB = torch.zeros(len(seeds), 1, dtype=torch.int32, device=device)
+        self.layout: Layout | None = None
 
-    def set(self, step: int, first: int, examples: int, tokens: int) -> None:
-        """Sets the keys for examples `first` .. `first + examples - 1` of the batch of `step`."""
-        device = self._seed_K.device
-        row_B = torch.arange(first, first + examples, dtype=torch.int32, device=device)
-        position_T = torch.arange(tokens, dtype=torch.int32, device=device)
+    def set(self, layout: "Layout", step: int, earlier: int) -> None:
+        """Sets the keys of a batch of `step`, of which `earlier` examples are in other parts."""
         key_K = _mix(self._seed_K + _signed32(step * 0x9E3779B9))
-        key_KB = _mix(key_K[:, None] + row_B)
-        self.key_KBT = _mix(key_KB[:, :, None] + position_T)
+        self.key_KN = _mix(_mix(key_K[:, None] + (layout.example_KN + earlier)) + layout.position_KN)
+        self.first_KB = self.key_KN.gather(1, layout.first_KB)
 
 
 class Dropout(nn.Module):
     """Inverted dropout whose mask is hashed from (seed, step, place, example, position, element).
 
-    Takes (K·B, H), (K·B, T, H) or attention weights (K·B, heads, T, T); the rate may differ between trials.
+    Takes hidden states (..., H): K·N vectors of tokens, or K·B of first tokens, as (K·B, H) or where `of_first` is set.
+    The rate may differ between trials; it is rounded to a multiple of 2^-16, since a hash serves two elements.
     """
+
+    place: Tensor
+    threshold_K: Tensor
+    scale_K: Tensor
 
     def __init__(self, keys: TokenKeys, place: str, rates: Sequence[float]):
         super().__init__()
-        self.keys, self.place = keys, _signed32(hash64("place", place))
+        self.keys, self.of_first = keys, False
         self.rates = tuple(rates)
-        # An int32 hash below the threshold drops its element.
-        device = keys.key_KBT.device
-        drop_K = [min(round(p * (1 << 32)), (1 << 32) - 1) for p in rates]
-        self.threshold_K = torch.tensor([d - (1 << 31) for d in drop_K], dtype=torch.int32, device=device)
-        self.scale_K = torch.tensor([1 / (1 - d / (1 << 32)) for d in drop_K], dtype=torch.float64, device=device)
+        # An int16 below the threshold drops its element. Buffers, so that equal layers are compiled once.
+        drop_K = [min(round(p * (1 << 16)), (1 << 16) - 1) for p in rates]
+        buffers = {
+            "place": torch.tensor(_signed32(hash64("place", place)), dtype=torch.int32),
+            "threshold_K": torch.tensor([d - (1 << 15) for d in drop_K], dtype=torch.int16),
+            "scale_K": torch.tensor([1 / (1 - d / (1 << 16)) for d in drop_K], dtype=torch.float64),
+        }
+        for name, value in buffers.items():
+            self.register_buffer(name, value.to(keys.key_KN.device), persistent=False)
 
     @property
     def p(self) -> float:
-        """The largest rate; what transformers' attention code asks for."""
+        """The largest rate; what transformers' attention asks for."""
         return max(self.rates)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        trials = len(self.rates)
-        x_KB = x.view(trials, -1, *x.shape[1:])
-        drop = self._bits(x_KB) < self.threshold_K.view(-1, *[1] * (x_KB.dim() - 1))
-        scale = self.scale_K.to(x.dtype).view(-1, *[1] * (x_KB.dim() - 1))
-        return (x_KB.masked_fill(drop, 0) * scale).view(x.shape)
+        x_KNH = x.view(len(self.rates), -1, x.shape[-1])
+        key_KN = self.keys.first_KB if self.of_first or x.dim() == 2 else self.keys.key_KN
+        return self._drop(x_KNH, _mix(key_KN ^ self.place)[..., None]).view(x.shape)
 
-    def _bits(self, x_KB: Tensor) -> Tensor:
-        """Uniform int32 of the shape of x_KB: (K, B, H), (K, B, T, H) or (K, B, heads, T, T)."""
-        key = _mix(self.keys.key_KBT ^ self.place)
-        column = _mix(torch.arange(x_KB.shape[-1], dtype=torch.int32, device=x_KB.device) + self.place)
-        if x_KB.dim() == 3:
-            key = key[:, :, :1]
-        elif x_KB.dim() == 4:
-            key = key[..., None]
-        else:  # an attention weight belongs to its query's token; within it, to (head, key's token)
-            head = torch.arange(x_KB.shape[2], dtype=torch.int32, device=x_KB.device)
-            column = _mix(column + _mix(head + 1)[:, None, None])
-            key = key[:, :, None, :, None]
-        return _mix(key ^ column)
+    def of_weights(self, weights: Tensor, key_KBT: Tensor) -> Tensor:
+        """Drops attention weights (K·B, heads, T, S): one belongs to its query's token; within it, to (head, s)."""
+        x = weights.view(*key_KBT.shape[:2], *weights.shape[1:])
+        head = _mix(torch.arange(1, x.shape[2] + 1, dtype=torch.int32, device=x.device))[:, None, None]
+        return self._drop(x, _mix(key_KBT ^ self.place)[:, :, None, :, None], head).view(weights.shape)
+
+    def _drop(self, x: Tensor, key: Tensor, head: Tensor | None = None) -> Tensor:
+        """Drops elements of x (K, ..., H) by the hash of key (K, ..., 1), head and element; the first two broadcast."""
+        element = torch.arange(x.shape[-1], dtype=torch.int32, device=x.device)
+        compiled = torch.compiler.is_compiling()
+        pair = element >> 1 if compiled else element[: (len(element) + 1) // 2]
+        column = _mix(pair + self.place)
+        bits = _mix(key ^ (column if head is None else _mix(column + head)))
+        if compiled:  # nothing is stored, so hashing twice costs less than another view of what was
+            half = torch.where(element & 1 == 0, bits << 16, bits) >> 16
+        else:
+            half = bits.view(torch.int16)[..., : len(element)]
+        each = (-1, *[1] * (x.dim() - 1))
+        scale = self.scale_K.to(x.dtype).view(each)
+        return x * torch.where(half < self.threshold_K.view(each), torch.zeros_like(scale[0]), scale)

@@ -19,13 +19,14 @@ import torch
 
 from delora import data as rows_of
 from delora import pretrained, results
+from delora.attention import kernels
 from delora.config import NOT_THE_TRIAL, Trial
 from delora.console import Console
 from delora.data import Dataset
 from delora.data.batches import Tokens
 from delora.data.splits import paper_split
 from delora.errors import UserError
-from delora.model import ATTENTION, DTYPES, Fleet
+from delora.model import DTYPES, PACKED, Fleet
 from delora.results import Result, ResultsError, TrialFolder
 from delora.tasks import TASKS, Task
 from delora.tracking import Tracker, Tracking
@@ -67,12 +68,17 @@ def run_fleet(
         keep_memory()
     dataset, tensors = prepare(config)
     encoder = pretrained.load(config.model, task)
-    encoder.model.set_attn_implementation(ATTENTION)
     fleet = Fleet(encoder.model, trials, device)
+    compiled = choose_speed(fleet, config.compile)
     made_by = results.provenance(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         precision=config.precision,
-        determinism={"threads": torch.get_num_threads(), "tf32": torch.backends.cuda.matmul.allow_tf32},
+        determinism={
+            "threads": torch.get_num_threads(),
+            "tf32": torch.backends.cuda.matmul.allow_tf32,
+            "packed": fleet.packs,
+            "compiled": compiled,
+        },
         data={"source": dataset.source, "sha256": dataset.sha256},
         weights={"source": encoder.source, "sha256": encoder.sha256},
     )
@@ -118,6 +124,22 @@ def choose_device(name: str) -> torch.device:
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device={name} cannot be used here: {str(error).splitlines()[0]}") from None
     return torch.device(name)
+
+
+def choose_speed(fleet: Fleet, wish: bool | str) -> bool:
+    """Has the layers compiled where that is wished for and can be; says where a slower path is taken."""
+    if not fleet.packs:
+        known = ", ".join(PACKED)
+        logger.warning("examples are padded, not packed, and nothing is compiled: the encoder is none of %s", known)
+        return False
+    if wish == "auto":
+        wish = fleet.device.type == "cuda"
+        if wish and kernels is None:
+            logger.warning("nothing is compiled: that needs Triton and a C compiler")
+            return False
+    if wish:
+        fleet.compile_layers()
+    return bool(wish)
 
 
 def require_all(trials: Sequence[Trial]) -> None:
@@ -412,7 +434,6 @@ def load(folder: str | Path) -> Fleet:
     made_with = stored.result["made_by"]["weights"]["sha256"]
     if encoder.sha256 != made_with:
         raise UserError(f"{folder}: trained on weights with sha256 {made_with}, this machine has {encoder.sha256}")
-    encoder.model.set_attn_implementation(ATTENTION)
     fleet = Fleet(encoder.model, [trial], torch.device("cpu"))
     state, _ = results.read_tensors(Path(folder) / results.ADAPTER, "pt")
     fleet.load_trial_state(0, state)

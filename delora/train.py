@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from delora.data.batches import Batch, Tokens, epoch_order
+from delora.data.batches import Tokens, epoch_order
 from delora.metrics import score
 from delora.model import Fleet
 from delora.optim import FleetAdamW
@@ -222,9 +222,9 @@ def predict(fleet: Fleet, tokens: Tokens, index_KS: Tensor, batch_size: int) -> 
     """Logits (K, S, C) of the examples `index_KS`, without dropout."""
     fleet.eval()
     logits_KSC: Tensor | None = None
-    with torch.inference_mode():
-        for columns_KB, batch in tokens.in_order(index_KS, batch_size):
-            logits_KBC = _logits(fleet, batch)
+    with torch.inference_mode(), torch.compiler.set_stance("force_eager"):  # compiled for training only
+        for columns_KB, batch in tokens.in_order(index_KS, batch_size, fleet.packs):
+            logits_KBC = fleet.logits(batch)
             if logits_KSC is None:
                 logits_KSC = logits_KBC.new_empty(*index_KS.shape, logits_KBC.shape[-1])
             columns_KBC = columns_KB.to(logits_KBC.device)[..., None].expand_as(logits_KBC)
@@ -232,11 +232,6 @@ def predict(fleet: Fleet, tokens: Tokens, index_KS: Tensor, batch_size: int) -> 
     fleet.train()
     assert logits_KSC is not None
     return logits_KSC
-
-
-def _logits(fleet: Fleet, batch: Batch) -> Tensor:
-    """Logits (K, B, C) in the weights' dtype, whatever autocast computes in."""
-    return fleet(**batch.inputs).logits.to(fleet.dtype).view(*batch.labels_KB.shape, -1)
 
 
 def _backward(fleet: Fleet, tokens: Tokens, index_KB: Tensor, totals: Totals, accumulation: int) -> Tensor:
@@ -250,9 +245,9 @@ def _backward(fleet: Fleet, tokens: Tokens, index_KB: Tensor, totals: Totals, ac
     if fleet.device.type == "cpu":  # starting an operation costs nothing there
         size = min(size, EXAMPLES_ON_CPU)
     for chunk_KB in index_KB.gather(1, tokens.order_by_length(index_KB)).split(size, dim=1):
-        batch = tokens.gather(chunk_KB)
-        fleet.keys.set(totals.steps, first, chunk_KB.shape[1], batch.inputs["input_ids"].shape[1])
-        chunk_loss_K = example_losses(_logits(fleet, batch), batch.labels_KB).sum(1) / examples
+        batch = tokens.gather(chunk_KB, fleet.packs)
+        fleet.keys.set(batch.layout, totals.steps, first)
+        chunk_loss_K = example_losses(fleet.logits(batch), batch.labels_KB).sum(1) / examples
         chunk_loss_K.sum().backward()
         loss_K = loss_K + chunk_loss_K.detach()
         first += chunk_KB.shape[1]

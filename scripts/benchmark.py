@@ -32,7 +32,7 @@ from delora import pretrained, run
 from delora.cli import conf_folder
 from delora.config import Trial
 from delora.data.batches import epoch_order
-from delora.model import ATTENTION, Fleet
+from delora.model import Fleet
 from delora.tasks import TASKS
 from delora.train import Data, train
 
@@ -144,7 +144,7 @@ class Benchmark:
         order = epoch_order([self.trial.seed], 0, len(self.tokens["train"]))[0]
         for _ in range(math.ceil((self.options.steps + WARMUP + 1) * self.trial.batch_size / len(order))):
             for index in order.split(self.trial.batch_size):
-                batch = self.tokens["train"].gather(index[None])
+                batch = self.tokens["train"].gather(index[None], packed=False)
                 yield batch.inputs, batch.labels_KB[0]
 
     def timed(self, step: Callable[[dict[str, torch.Tensor], torch.Tensor], None]) -> float:
@@ -170,7 +170,6 @@ class Benchmark:
     def delora(self, size: int) -> float:
         trials = [trial(self.options, 42 + k) for k in range(size)]
         loaded = pretrained.load(self.trial.model, self.task)
-        loaded.model.set_attn_implementation(ATTENTION)
         fleet = Fleet(loaded.model, trials, self.device)
         clock = Clock(self.device, self.options.steps)
         none = torch.zeros(size, 1, dtype=torch.long)  # one row to score, at the start

@@ -7,7 +7,7 @@ from conftest import compose_trial
 from delora import pretrained
 from delora.cli import conf_folder
 from delora.errors import UserError
-from delora.model import ATTENTION, Fleet
+from delora.model import Fleet
 from delora.tasks import TASKS
 
 METHODS = sorted(path.stem for path in (conf_folder() / "method").glob("*.yaml"))
@@ -20,7 +20,7 @@ def make(*overrides: str, trials: int = 1) -> tuple[Fleet, torch.nn.Module]:
     configs = [compose_trial(*base, f"seed={seed}") for seed in range(trials)]
     models = [pretrained.load(configs[0].model, TASKS["mrpc"]).model for _ in range(2)]
     for model in models:
-        model.set_attn_implementation(ATTENTION)
+        model.set_attn_implementation("sdpa")
     return Fleet(models[0], configs, CPU).eval(), models[1].double().eval()
 
 

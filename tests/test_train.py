@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from delora import pretrained, train
 from delora.data import Rows, load
 from delora.data.batches import Tokens
-from delora.model import ATTENTION, Fleet
+from delora.model import Fleet
 from delora.tasks import TASKS
 from delora.train import make_optimizer
 
@@ -37,7 +37,6 @@ class Listener:
 
 def make_fleet(configs) -> tuple[Fleet, pretrained.Pretrained]:
     loaded = pretrained.load(configs[0].model, TASKS["mrpc"])
-    loaded.model.set_attn_implementation(ATTENTION)
     return Fleet(loaded.model, configs, CPU), loaded
 
 
@@ -62,7 +61,7 @@ def test_published_trajectory(shared, monkeypatch, trials, precision):
     tokens = Tokens(Rows([("a", "b")] * 32, golden["labels"].flatten().numpy()), loaded.tokenizer, 32, CPU, fleet.dtype)
     ids = golden["input_ids"].flatten(0, 1).int()
     tokens.inputs = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids)}
-    tokens.lengths_S[:], tokens._length_S[:] = 32, 32
+    tokens.lengths_S[:], tokens._length_S[:], tokens.longest = 32, 32, 32
     in_file_order = torch.arange(32).expand(trials, -1)
     monkeypatch.setattr(train, "epoch_order", lambda seeds, epoch, rows: in_file_order)
     # The fleet ends with its best values; the reference holds the last ones.
@@ -160,10 +159,10 @@ class Poison(Listener):
         def poison(module, inputs, output):
             if not (self.now and module.training):
                 return output
-            rows, output = output.shape[0] // len(fleet.trials), output.clone()
+            output = output.clone()
             for trial, (place, value) in self.where.items():
                 if place == "embedding":
-                    output[trial * rows + 3, 0, 0] = value
+                    output[trial, fleet.keys.layout.first_KB[trial, 3], 0] = value
             return output
 
         fleet.base.base_model.embeddings.word_embeddings.register_forward_hook(poison)

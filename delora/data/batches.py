@@ -1,6 +1,7 @@
 """Rows as tokens, and batches of K trials gathered by index.
 
-Shapes: K trials, B examples a trial, T tokens of the longest example of a batch, S examples of a split.
+Shapes: K trials, B examples a trial, S examples of a split, T tokens of the longest example of a batch, N tokens of a
+trial's row: where examples are packed its B examples one after the other, else B·T.
 """
 
 from collections.abc import Iterator
@@ -16,11 +17,31 @@ from delora.randomness import permutation
 
 
 @dataclass
+class Layout:
+    """Where the tokens of a batch lie in the rows (K, N) of its trials.
+
+    Attributes:
+        example_KN: which example a token is of, int32. Padding after the last example counts as of that.
+        position_KN: its position in the example, int32.
+        first_KB: where an example's first token lies in its row, int64.
+        length_KB: the example's tokens, int32.
+        span: at least the tokens of the longest example; each value is compiled for.
+    """
+
+    example_KN: Tensor
+    position_KN: Tensor
+    first_KB: Tensor
+    length_KB: Tensor
+    span: int
+
+
+@dataclass
 class Batch:
-    """Inputs of the encoder, (K·B, T) each, and labels (K, B)."""
+    """Inputs of the encoder, (K, N) each where examples are packed, else (K·B, T), and labels (K, B)."""
 
     inputs: dict[str, Tensor]
     labels_KB: Tensor
+    layout: Layout
     real_tokens: int
 
     @property
@@ -39,6 +60,7 @@ class Tokens:
         score_dtype: the dtype of regression labels.
 
     Attributes:
+        longest: the tokens of the longest example.
         cut: how many examples were.
     """
 
@@ -53,6 +75,7 @@ class Tokens:
         columns = [list(column) for column in zip(*rows.texts, strict=True)]
         encoded = tokenizer(*columns, truncation=True, max_length=max_length, padding=False)
         self.lengths_S = np.array([len(ids) for ids in encoded["input_ids"]])
+        self.longest = int(self.lengths_S.max())
         full = np.flatnonzero(self.lengths_S == max_length)
         self.cut = sum(bool(encoded.encodings[i].overflowing) for i in full)
         fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": 0}
@@ -68,24 +91,43 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.lengths_S)
 
-    def gather(self, index_KB: Tensor) -> Batch:
-        """The examples `index_KB` (int64, on the CPU), padded to the longest among them."""
-        lengths = self.lengths_S[index_KB.numpy()]
-        longest = int(lengths.max())
+    def gather(self, index_KB: Tensor, packed: bool = True) -> Batch:
+        """The examples `index_KB` (int64, on the CPU), one after the other, or each padded to the longest."""
+        lengths_KB = self.lengths_S[index_KB.numpy()]
+        longest, examples = int(lengths_KB.max()), index_KB.shape[1]
+        span = longest if self.labels_S.device.type == "cpu" else max(16, 1 << (self.longest - 1).bit_length())
         index = index_KB.to(self.labels_S.device, non_blocking=True)
-        inputs = {name: matrix[:, :longest].index_select(0, index.flatten()) for name, matrix in self.inputs.items()}
-        position_T = torch.arange(longest, device=index.device)
-        inputs["attention_mask"] = position_T < self._length_S[index.flatten(), None]
-        return Batch(inputs, self.labels_S[index], int(lengths.sum()))
+        length_KB = self._length_S[index]
+        if packed:
+            end_KB = length_KB.cumsum(1)
+            place_N = torch.arange(int(lengths_KB.sum(1).max()), device=index.device)
+            example_KN = torch.searchsorted(end_KB, place_N.expand(len(index), -1).contiguous(), right=True)
+        else:
+            end_KB = length_KB + torch.arange(examples, device=index.device) * longest
+            place_N = torch.arange(examples * longest, device=index.device)
+            example_KN = (place_N // longest).expand(len(index), -1)
+        example_KN = example_KN.clamp(max=examples - 1)
+        first_KB = end_KB - length_KB
+        position_KN = place_N - first_KB.gather(1, example_KN)
+        real_KN = position_KN < length_KB.gather(1, example_KN)
+        # What fills a row after its examples has no effect; it takes the place of a first token, which always is.
+        position_KN = torch.where(real_KN, position_KN, 0) if packed else position_KN
+        row_KN = index.gather(1, example_KN)
+        inputs = {name: matrix[row_KN, position_KN] for name, matrix in self.inputs.items()}
+        if not packed:
+            inputs["attention_mask"] = real_KN
+            inputs = {name: tensor.view(-1, longest) for name, tensor in inputs.items()}
+        layout = Layout(example_KN.int(), position_KN.int(), first_KB, length_KB.int(), span)
+        return Batch(inputs, self.labels_S[index], layout, int(lengths_KB.sum()))
 
     def order_by_length(self, index_KS: Tensor) -> Tensor:
         """Columns (K, S) of `index_KS` that put each trial's short examples first, equal ones as they were."""
         return torch.from_numpy(np.argsort(self.lengths_S[index_KS.numpy()], axis=1, kind="stable"))
 
-    def in_order(self, index_KS: Tensor, size: int) -> Iterator[tuple[Tensor, Batch]]:
+    def in_order(self, index_KS: Tensor, size: int, packed: bool = True) -> Iterator[tuple[Tensor, Batch]]:
         """Batches of `size` that cover `index_KS`, short examples first: (columns of index_KS (K, B), Batch)."""
-        for columns in self.order_by_length(index_KS).split(size, dim=1):
-            yield columns, self.gather(index_KS.gather(1, columns))
+        for columns_KB in self.order_by_length(index_KS).split(size, dim=1):
+            yield columns_KB, self.gather(index_KS.gather(1, columns_KB), packed)
 
 
 def epoch_order(seeds: list[int], epoch: int, rows: int) -> Tensor:

@@ -1,0 +1,213 @@
+"""Triton kernels: what `delora.attention.padded_attention` computes, without padding. Shapes as there.
+
+One program has all keys of an example, so the softmax takes one pass and no gradient is summed across programs:
+results do not depend on the order in which programs run. The dropout is that of `delora.randomness.Dropout`.
+"""
+
+import os
+import shutil
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from delora.data.batches import Layout
+from delora.randomness import Dropout
+
+if not os.environ.get("CC") and not any(map(shutil.which, ("cc", "gcc", "clang"))):
+    raise ImportError("Triton needs a C compiler")
+
+LONGEST = 512  # keys that a program can hold
+QUERIES = 64  # that a program takes at once
+
+
+def can_attend(q: Tensor, layout: Layout) -> bool:
+    """Whether the kernel takes these inputs; it multiplies half-precision numbers only."""
+    fits = q.shape[-1] in (16, 32, 64, 128) and layout.span <= LONGEST
+    return q.is_cuda and q.dtype == torch.bfloat16 and fits
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float, dropout: Dropout | None) -> Tensor:
+    """As `delora.attention.packed_attention`."""
+    here = (layout.first_KB, layout.length_KB)
+    if dropout is None:
+        hashed: tuple[Tensor | None, ...] = (None, None, None, None)
+    else:
+        hashed = (dropout.keys.key_KN, dropout.place, dropout.threshold_K, dropout.scale_K)
+    return _attend(q, k, v, *here, *hashed, layout.span, scaling)[0]
+
+
+@torch.library.custom_op("delora::attend", mutates_args=())
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    first_KB: Tensor,
+    length_KB: Tensor,
+    key_KN: Tensor | None,
+    place: Tensor | None,
+    threshold_K: Tensor | None,
+    scale_K: Tensor | None,
+    block: int,
+    scaling: float,
+) -> tuple[Tensor, Tensor]:
+    """The result (K, N, H, D), and the logarithm of the softmax's sum (K, N, H)."""
+    q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    trials, tokens, heads, width = q.shape
+    y = torch.zeros_like(q)  # what fills a row stays finite
+    total = torch.empty(trials, tokens, heads, dtype=torch.float32, device=q.device)
+    examples = first_KB.shape[1]
+    queries = min(block, QUERIES)
+    _attend_kernel[(trials * examples, heads, triton.cdiv(block, queries))](
+        *(q, k, v, y, total, first_KB, length_KB, key_KN, place, threshold_K, scale_K, scaling, examples, tokens),
+        *(heads, width, queries, block, key_KN is not None),
+        num_warps=4 if block <= 128 else 8,
+    )
+    return y, total
+
+
+@_attend.register_fake
+def _(q, k, v, first_KB, length_KB, key_KN, place, threshold_K, scale_K, block, scaling):
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
+
+
+@torch.library.custom_op("delora::attend_backward", mutates_args=())
+def _attend_backward(
+    gradient: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    y: Tensor,
+    total: Tensor,
+    first_KB: Tensor,
+    length_KB: Tensor,
+    key_KN: Tensor | None,
+    place: Tensor | None,
+    threshold_K: Tensor | None,
+    scale_K: Tensor | None,
+    block: int,
+    scaling: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    gradient, q, k, v = gradient.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
+    trials, tokens, heads, width = q.shape
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(q), torch.zeros_like(q)
+    examples = first_KB.shape[1]
+    _backward_kernel[(trials * examples, heads)](
+        *(gradient, q, k, v, y, total, dq, dk, dv),
+        *(first_KB, length_KB, key_KN, place, threshold_K, scale_K, scaling, examples, tokens),
+        *(heads, width, min(block, QUERIES), block, key_KN is not None),
+        num_warps=4 if block <= 128 else 8,
+    )
+    return dq, dk, dv
+
+
+@_attend_backward.register_fake
+def _(gradient, q, k, v, y, total, first_KB, length_KB, key_KN, place, threshold_K, scale_K, block, scaling):
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+
+
+def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
+    *tensors, ctx.block, ctx.scaling = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
+
+
+def _gradients(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return *_attend_backward(gradient, *ctx.saved_tensors, ctx.block, ctx.scaling), *[None] * 8
+
+
+_attend.register_autograd(_gradients, setup_context=_keep)
+
+
+@triton.jit
+def _mix(x):
+    """`delora.randomness._mix` of uint32."""
+    x ^= x >> 16
+    x *= 0x7FEB352D
+    x ^= x >> 15
+    x *= 0x846CA68B
+    return x
+
+
+@triton.jit
+def _dropped(key, place, threshold, head, QUERIES: tl.constexpr, KEYS: tl.constexpr):
+    """Which attention weights (QUERIES, KEYS) are dropped, from the keys (QUERIES,) of the queries' tokens."""
+    place = place.to(tl.uint32, bitcast=True)
+    element = tl.arange(0, KEYS)
+    column = _mix((element >> 1).to(tl.uint32) + place)
+    column = _mix(column + _mix((tl.zeros([1], tl.uint32) + head.to(tl.uint32)) + 1))
+    bits = _mix(_mix(key.to(tl.uint32, bitcast=True) ^ place)[:, None] ^ column[None, :])
+    shift = (16 - 16 * (element & 1)).to(tl.uint32)  # its half of the hash, moved up so that its sign is the number's
+    return ((bits << shift[None, :]).to(tl.int32, bitcast=True) >> 16) < threshold
+
+
+@triton.jit
+def _attend_kernel(
+    Q, K, V, Y, TOTAL, FIRST, LENGTH, KEY, PLACE, THRESHOLD, SCALE, scaling, examples, tokens,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DROPS: tl.constexpr,
+):  # fmt: skip
+    """One block of queries of one head of one example."""
+    example, head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    length = tl.load(LENGTH + example)
+    if block * QUERIES < length:
+        trial = example // examples
+        start = trial.to(tl.int64) * tokens + tl.load(FIRST + example)
+        m, t, d = block * QUERIES + tl.arange(0, QUERIES), tl.arange(0, KEYS), tl.arange(0, WIDTH)
+        at_m = (start + m)[:, None] * (HEADS * WIDTH) + head * WIDTH + d[None, :]
+        at_t = (start + t)[:, None] * (HEADS * WIDTH) + head * WIDTH + d[None, :]
+        in_m, in_t = (m < length)[:, None], (t < length)[:, None]
+        q, k = tl.load(Q + at_m, mask=in_m, other=0), tl.load(K + at_t, mask=in_t, other=0)
+        weights = tl.where((t < length)[None, :], tl.dot(q, tl.trans(k)) * scaling, float("-inf"))
+        top = tl.max(weights, 1)
+        weights = tl.exp(weights - top[:, None])
+        total = tl.sum(weights, 1)
+        tl.store(TOTAL + (start + m) * HEADS + head, top + tl.log(total), mask=m < length)
+        weights = weights / total[:, None]
+        if DROPS:
+            key = tl.load(KEY + start + m, mask=m < length, other=0)
+            drop = _dropped(key, tl.load(PLACE), tl.load(THRESHOLD + trial), head, QUERIES, KEYS)
+            weights = tl.where(drop, 0.0, weights * tl.load(SCALE + trial).to(tl.float32))
+        v = tl.load(V + at_t, mask=in_t, other=0)
+        tl.store(Y + at_m, tl.dot(weights.to(v.dtype), v).to(v.dtype), mask=in_m)
+
+
+@triton.jit
+def _backward_kernel(
+    G, Q, K, V, Y, TOTAL, DQ, DK, DV, FIRST, LENGTH, KEY, PLACE, THRESHOLD, SCALE, scaling, examples, tokens,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DROPS: tl.constexpr,
+):  # fmt: skip
+    """All gradients of one head of one example."""
+    example, head = tl.program_id(0), tl.program_id(1)
+    length = tl.load(LENGTH + example)
+    trial = example // examples
+    start = trial.to(tl.int64) * tokens + tl.load(FIRST + example)
+    t, d = tl.arange(0, KEYS), tl.arange(0, WIDTH)
+    at_t = (start + t)[:, None] * (HEADS * WIDTH) + head * WIDTH + d[None, :]
+    in_t = (t < length)[:, None]
+    k, v = tl.load(K + at_t, mask=in_t, other=0), tl.load(V + at_t, mask=in_t, other=0)
+    dk, dv = tl.zeros([KEYS, WIDTH], tl.float32), tl.zeros([KEYS, WIDTH], tl.float32)
+    for first in range(0, length, QUERIES):
+        m = first + tl.arange(0, QUERIES)
+        at_m = (start + m)[:, None] * (HEADS * WIDTH) + head * WIDTH + d[None, :]
+        in_m = (m < length)[:, None]
+        q, g = tl.load(Q + at_m, mask=in_m, other=0), tl.load(G + at_m, mask=in_m, other=0)
+        total = tl.load(TOTAL + (start + m) * HEADS + head, mask=m < length, other=0)
+        weights = tl.exp(tl.dot(q, tl.trans(k)) * scaling - total[:, None])
+        weights = tl.where((t < length)[None, :], weights, 0.0)
+        dropped, dweights = weights, tl.dot(g, tl.trans(v))
+        if DROPS:
+            key = tl.load(KEY + start + m, mask=m < length, other=0)
+            drop = _dropped(key, tl.load(PLACE), tl.load(THRESHOLD + trial), head, QUERIES, KEYS)
+            scale = tl.load(SCALE + trial).to(tl.float32)
+            dropped = tl.where(drop, 0.0, weights * scale)
+            dweights = tl.where(drop, 0.0, dweights * scale)
+        y = tl.load(Y + at_m, mask=in_m, other=0)
+        mean = tl.sum(g.to(tl.float32) * y.to(tl.float32), 1)
+        dscores = (weights * (dweights - mean[:, None]) * scaling).to(q.dtype)
+        dv += tl.dot(tl.trans(dropped.to(q.dtype)), g)
+        dk += tl.dot(tl.trans(dscores), q)
+        tl.store(DQ + at_m, tl.dot(dscores, k).to(q.dtype), mask=in_m)
+    tl.store(DK + at_t, dk.to(k.dtype), mask=in_t)
+    tl.store(DV + at_t, dv.to(k.dtype), mask=in_t)
