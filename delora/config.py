@@ -80,6 +80,12 @@ def _device(name: str) -> str:
     return name
 
 
+def _auto_or_not(value: bool | str) -> bool | str:
+    if isinstance(value, str) and value != "auto":
+        raise ValueError(expected(value, ("auto", "true", "false")))
+    return value
+
+
 def _target(path: str) -> str:
     if not re.fullmatch(r"\w+(\.\w+)+", path):
         raise ValueError("expected a class with its module, such as delora.methods.lora.LoRA")
@@ -223,7 +229,7 @@ class Trial(Section):
     clip_norm: Positive | None
     device: Annotated[str, AfterValidator(_device)]
     precision: Literal["float32", "bfloat16", "float64"]
-    compile: bool | Literal["auto"]
+    compile: Annotated[bool | str, AfterValidator(_auto_or_not)]
     log_every: Whole
     name: FolderName | None
     sweep: FolderName | None

@@ -1,14 +1,17 @@
 """Time and memory of a training step: K trials of delora, PEFT in a bare loop, PEFT with the Hugging Face Trainer.
 
 All train the same method on the same batches in the same order, dropout on, in turns within one process, so that
-the machine's mood is the same for all. The floor is the frozen encoder's forward and the backward through its
-activations, which no method can go below.
+the machine's mood is the same for all. PEFT pads each batch to its longest example, its loops are measured plain and,
+on a GPU, compiled. Two floors, which are the frozen encoder's forward and the backward through its activations: as
+transformers computes padded batches, and as delora computes packed ones.
 """
 
 import argparse
 import contextlib
+import importlib.metadata
 import json
 import math
+import os
 import platform
 import resource
 import statistics
@@ -34,39 +37,57 @@ from delora.config import Trial
 from delora.data.batches import epoch_order
 from delora.model import Fleet
 from delora.tasks import TASKS
-from delora.train import Data, train
+from delora.train import Data, State, Totals, predict, train
 
-WARMUP = 3  # steps that are not counted
+WARMUP = 5  # steps that are not counted
 BYTES_IN_MAXRSS = 1 if sys.platform == "darwin" else 1024
+H100_BF16 = 989e12  # multiplications and additions a second of its matrix units, dense (the vendor's data sheet)
+ALONE = ("floor", "packed floor", "peft", "peft compiled", "trainer", "trainer compiled")  # one trial each
+LABELS = {
+    "floor": "frozen encoder, padded",
+    "packed floor": "frozen encoder, packed",
+    "peft": "PEFT, bare loop",
+    "peft compiled": "PEFT, bare loop, compiled",
+    "trainer": "PEFT, Trainer",
+    "trainer compiled": "PEFT, Trainer, compiled",
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="GLUE's TSV files; without it, synthetic data")
-    parser.add_argument("--model", default="minilm", help="minilm, or another of conf/model (random weights if tiny)")
+    parser.add_argument("--model", default="minilm", help="an option of the group model")
+    parser.add_argument("--random", action="store_true", help="random weights in its shape, MiniLM's tokenizer")
     parser.add_argument("--method", default="lora", choices=("lora", "delora"), help="those that PEFT has too")
+    parser.add_argument("--methods", nargs="*", default=[], help="more methods, measured with the largest fleet")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--trials", type=int, nargs="+", default=[1, 8], help="sizes of fleets")
+    parser.add_argument("--rows", nargs="+", default=ALONE, choices=ALONE, help="what to measure beside delora")
     parser.add_argument("--steps", type=int, default=20, help="of each turn, counted after warming up")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--json", type=Path, help="file for all figures")
-    parser.add_argument("--peak-of", type=int, help=argparse.SUPPRESS)  # used by this script itself
+    parser.add_argument("--alone", help=argparse.SUPPRESS)  # one measurement in a process of its own: peak, start
     options = parser.parse_args()
-    if options.peak_of is not None:
-        print(peak_bytes(options))
+    if options.alone:
+        what, size = options.alone.split(":")
+        print({"peak": peak_bytes, "start": start_seconds}[what](options, int(size)))
         return
     bench = Benchmark(options)
     figures = bench.measure()
-    figures["memory"] = memory(options)
-    report(figures, options)
+    figures["peak_bytes"] = {str(size): apart(f"peak:{size}") for size in sorted({1, 2, 4, *options.trials})}
+    if bench.compiles:
+        with tempfile.TemporaryDirectory() as folder:  # an empty cache, then the same again
+            caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
+            figures["start_seconds"] = [apart(f"start:{max(options.trials)}", caches) for _ in range(2)]
+    report(figures, bench)
     if options.json:
         options.json.write_text(json.dumps(figures, indent=1) + "\n")
 
 
-def trial(options: argparse.Namespace, seed: int) -> Trial:
-    words = [f"model={options.model}", f"method={options.method}", f"seed={seed}", "task=mrpc"]
+def trial(options: argparse.Namespace, seed: int, method: str | None = None, model: str | None = None) -> Trial:
+    words = [f"model={model or options.model}", f"method={method or options.method}", f"seed={seed}", "task=mrpc"]
     words += [f"batch_size={options.batch_size}", f"device={options.device}", f"precision={options.precision}"]
     words += [f"data.dir={options.data}"] if options.data else ["data=synthetic"]
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
@@ -83,6 +104,7 @@ class Clock:
     def __init__(self, device: torch.device, steps: int):
         self.device, self.steps = device, steps
         self.ticks, self.start, self.end = 0, 0.0, 0.0
+        self.totals = Totals()
 
     def tick(self) -> None:
         """A step is over."""
@@ -98,10 +120,11 @@ class Clock:
             torch.cuda.synchronize()
         return time.perf_counter()
 
-    def offer(self, state: Any) -> None:
+    def offer(self, state: State) -> None:
+        self.totals = state.totals
         self.tick()
 
-    def restore(self, state: Any) -> None: ...
+    def restore(self, state: State) -> None: ...
 
     def step(self, *_: Any) -> None: ...
 
@@ -120,24 +143,48 @@ class Benchmark:
         self.trial = trial(options, 42)
         self.task = TASKS["mrpc"]
         self.device = run.choose_device(options.device)
-        _, self.tokens = run.prepare(self.trial)
+        self.compiles = self.device.type == "cuda"
+        if not self.compiles:
+            run.keep_memory()
+        _, self.tokens = run.prepare(trial(options, 42, model="minilm" if options.random else None))
+        self.tokenizer = pretrained.load(trial(options, 42, model="minilm").model, self.task).tokenizer
+        if options.random:
+            for tokens in self.tokens.values():
+                tokens.inputs.pop("token_type_ids", None)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=options.precision == "bfloat16")
+        self.totals: dict[int, Totals] = {}
+        self.evaluation: dict[int, float] = {}
 
     def measure(self) -> dict[str, Any]:
-        steps, turns = self.options.steps, self.options.turns
-        rows = {"floor": self.floor, "peft": self.peft_bare, "trainer": self.peft_trainer}
-        rows |= {f"delora {k}": (lambda k=k: self.delora(k)) for k in self.options.trials}
+        options = self.options
+        every: dict[str, Callable[[], float]] = {
+            "floor": self.floor,
+            "packed floor": self.packed_floor,
+            "peft": self.peft_bare,
+            "peft compiled": lambda: self.peft_bare(compiled=True),
+            "trainer": self.peft_trainer,
+            "trainer compiled": lambda: self.peft_trainer(compiled=True),
+        }
+        rows = {name: every[name] for name in options.rows if self.compiles or "compiled" not in name}
+        rows |= {f"delora {k}": (lambda k=k: self.delora(k)) for k in options.trials}
+        largest = max(options.trials)
+        rows |= {f"{name} {largest}": (lambda name=name: self.delora(largest, name)) for name in options.methods}
         seconds: dict[str, list[float]] = {name: [] for name in rows}
-        for _ in range(turns):
+        for turn in range(options.turns):
             for name, measured in rows.items():
                 seconds[name].append(measured())
+                print(f"turn {turn + 1}, {name}: {1e3 * seconds[name][-1]:.1f} ms", file=sys.stderr, flush=True)
+        tokens = self.totals[largest]
         return {
             "seconds_per_step": seconds,
-            "steps": steps,
-            "hardware": torch.cuda.get_device_name() if self.device.type == "cuda" else platform.processor(),
+            "steps": options.steps,
+            "steps_per_epoch": math.ceil(len(self.tokens["train"]) / options.batch_size),
+            "evaluation_seconds": self.evaluation,
+            "tokens": {"real": tokens.real_tokens, "computed": tokens.computed_tokens, "steps": tokens.steps},
+            "hardware": torch.cuda.get_device_name() if self.compiles else platform.processor() or platform.machine(),
             "threads": torch.get_num_threads(),
-            "versions": {m.__name__: m.__version__ for m in (torch, transformers, peft)},
-            "options": {k: str(v) for k, v in vars(self.options).items()},
+            "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
+            "options": {k: str(v) for k, v in vars(options).items()},
         }
 
     def batches(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
@@ -155,8 +202,21 @@ class Benchmark:
                 clock.tick()
         return clock.seconds()
 
-    def encoder(self) -> nn.Module:
-        return pretrained.load(self.trial.model, self.task).model.to(self.device)
+    def encoder(self) -> transformers.PreTrainedModel:
+        if not self.options.random:
+            return pretrained.load(self.trial.model, self.task).model.to(self.device)  # type: ignore[return-value]
+        shape = self.trial.model.shape
+        assert shape is not None
+        config = transformers.RobertaConfig(
+            vocab_size=50265,
+            hidden_size=shape.width,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads,
+            intermediate_size=shape.ffn,
+            max_position_embeddings=shape.positions + 2,
+            type_vocab_size=1,
+        )
+        return transformers.RobertaForSequenceClassification(config).to(self.device)  # type: ignore[return-value]
 
     def peft_model(self) -> nn.Module:
         common = {"target_modules": ["query", "value"], "r": 8, "modules_to_save": ["classifier"]}
@@ -165,37 +225,59 @@ class Benchmark:
             config = peft.DeloraConfig(delora_lambda=4, **common)
         return peft.get_peft_model(self.encoder(), config)
 
+    def fleet(self, size: int, method: str | None = None) -> Fleet:
+        trials = [trial(self.options, 42 + k, method) for k in range(size)]
+        fleet = Fleet(self.encoder(), trials, self.device)
+        run.choose_speed(fleet, self.trial.compile)
+        return fleet
+
     # --- What is measured; each returns the seconds of a step
 
-    def delora(self, size: int) -> float:
-        trials = [trial(self.options, 42 + k) for k in range(size)]
-        loaded = pretrained.load(self.trial.model, self.task)
-        fleet = Fleet(loaded.model, trials, self.device)
+    def delora(self, size: int, method: str | None = None, before: Callable[[Fleet], object] = lambda _: None) -> float:
+        fleet = self.fleet(size, method)
+        before(fleet)
         clock = Clock(self.device, self.options.steps)
         none = torch.zeros(size, 1, dtype=torch.long)  # one row to score, at the start
         data = Data(self.task, self.tokens["train"], self.tokens["validation"], none)
         with contextlib.suppress(Enough):
             train(fleet, data, clock, clock)
+        if method is None:
+            self.totals[size] = clock.totals
+            rows = torch.arange(len(self.tokens["validation"]) // 2).expand(size, -1)  # as protocol=paper scores
+            for _ in range(2):
+                start = clock.now()
+                predict(fleet, self.tokens["validation"], rows, self.trial.batch_size)
+                self.evaluation[size] = clock.now() - start
         return clock.seconds()
+
+    def packed_floor(self) -> float:
+        """The largest fleet's head alone, with gradients to the first layer; the seconds of one of its trials."""
+
+        def reach_down(fleet: Fleet) -> None:
+            embeddings = fleet.base.base_model.embeddings
+            embeddings.register_forward_hook(lambda module, inputs, output: output.detach().requires_grad_())
+
+        size = max(self.options.trials)
+        return self.delora(size, "head", reach_down) / size
 
     def floor(self) -> float:
         model = self.encoder().requires_grad_(False).train()
         embeddings = model.base_model.embeddings
-        handle = embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
+        embeddings.register_forward_hook(lambda module, inputs, output: output.requires_grad_())
 
         def step(inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> None:
             with self.autocast:
                 loss = model(**inputs, labels=labels).loss
             loss.backward()
 
-        seconds = self.timed(step)
-        handle.remove()
-        return seconds
+        return self.timed(step)
 
-    def peft_bare(self) -> float:
+    def peft_bare(self, compiled: bool = False) -> float:
         model = self.peft_model().train()
         trained = [p for p in model.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(trained, lr=self.trial.rate)
+        optimizer = torch.optim.AdamW(trained, lr=self.trial.rate, fused=True)
+        if compiled:
+            model.compile(dynamic=True)
 
         def step(inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> None:
             with self.autocast:
@@ -206,12 +288,12 @@ class Benchmark:
 
         return self.timed(step)
 
-    def peft_trainer(self) -> float:
+    def peft_trainer(self, compiled: bool = False) -> float:
         tokens, clock = self.tokens["train"], Clock(self.device, self.options.steps)
-        tokenizer = pretrained.load(self.trial.model, self.task).tokenizer
         order = epoch_order([self.trial.seed], 0, len(tokens))[0]
+        columns = {name: matrix.cpu() for name, matrix in tokens.inputs.items()}
         examples = [
-            {name: matrix[i, : tokens.lengths_S[i]].tolist() for name, matrix in tokens.inputs.items()}
+            {name: matrix[i, : tokens.lengths_S[i]].tolist() for name, matrix in columns.items()}
             | {"labels": int(tokens.labels_S[i])}
             for i in order
         ]
@@ -224,21 +306,21 @@ class Benchmark:
             def _get_train_sampler(self, *_: Any, **__: Any) -> torch.utils.data.Sampler:
                 return torch.utils.data.SequentialSampler(examples)
 
-        cuda = self.device.type == "cuda"
         arguments = transformers.TrainingArguments(
             output_dir=tempfile.gettempdir(),  # nothing is saved
             per_device_train_batch_size=self.trial.batch_size,
             learning_rate=self.trial.rate,
             max_steps=self.options.steps + WARMUP + 2,
-            dataloader_num_workers=4 if cuda else 0,
-            use_cpu=not cuda,
+            dataloader_num_workers=4 if self.compiles else 0,
+            use_cpu=not self.compiles,
             bf16=self.options.precision == "bfloat16",
+            torch_compile=compiled,
             save_strategy="no",
             report_to="none",
             logging_strategy="no",
             disable_tqdm=True,
         )
-        collator = transformers.DataCollatorWithPadding(tokenizer)
+        collator = transformers.DataCollatorWithPadding(self.tokenizer)
         trainer = InOrder(
             self.peft_model(), arguments, train_dataset=examples, data_collator=collator, callbacks=[Ticks()]
         )
@@ -247,47 +329,78 @@ class Benchmark:
         return clock.seconds()
 
 
-def peak_bytes(options: argparse.Namespace) -> int:
+# --- In a process of its own
+
+
+def apart(what: str, environment: dict[str, str] | None = None) -> float:
+    """The number that this script prints for --alone WHAT."""
+    line = [sys.executable, __file__, *sys.argv[1:], "--alone", what]
+    answer = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | (environment or {}))
+    return float(answer.stdout.split()[-1])
+
+
+def peak_bytes(options: argparse.Namespace, size: int) -> float:
     """The most memory that a fleet's first steps take: of the device, or of this process."""
-    options.steps = 4
+    options.steps = 1
     bench = Benchmark(options)
-    if bench.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    bench.delora(options.peak_of)
-    if bench.device.type == "cuda":
+    bench.delora(size)
+    if bench.compiles:
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * BYTES_IN_MAXRSS
 
 
-def memory(options: argparse.Namespace) -> dict[str, int]:
-    """Peak bytes by size of the fleet, each in a process of its own."""
-    peaks = {}
-    for size in sorted({1, 2, 4, *options.trials}):
-        line = [sys.executable, __file__, *sys.argv[1:], "--peak-of", str(size)]
-        answer = subprocess.run(line, capture_output=True, text=True, check=True)
-        peaks[str(size)] = int(answer.stdout.split()[-1])
-    return peaks
+def start_seconds(options: argparse.Namespace, size: int) -> float:
+    """From a fleet that is loaded to its fifth step, less what five steps take later: compiling and warming up."""
+    bench = Benchmark(options)
+    fleet, clock = bench.fleet(size), Clock(bench.device, options.steps)
+    none = torch.zeros(size, 1, dtype=torch.long)
+    begun = clock.now()
+    with contextlib.suppress(Enough):
+        train(fleet, Data(bench.task, bench.tokens["train"], bench.tokens["validation"], none), clock, clock)
+    return clock.start - begun - WARMUP * clock.seconds()
 
 
-def report(figures: dict[str, Any], options: argparse.Namespace) -> None:
-    seconds = figures["seconds_per_step"]
+# --- The tables
+
+
+def report(figures: dict[str, Any], bench: Benchmark) -> None:
+    options, seconds = bench.options, figures["seconds_per_step"]
     medians = {name: statistics.median(several) for name, several in seconds.items()}
-    sizes = {name: int(name.split()[1]) if name.startswith("delora") else 1 for name in medians}
-    labels = {"floor": "frozen encoder alone", "peft": "PEFT, bare loop", "trainer": "PEFT, Hugging Face Trainer"}
+    sizes = {name: 1 if name in ALONE else int(name.split()[-1]) for name in medians}
     table = Table("", "ms a step", "spread", "ms a trial", "times the Trainer", box=None, pad_edge=False)
     for name, median in medians.items():
         each = median / sizes[name]
-        spread = f"{1e3 * min(seconds[name]):.0f} to {1e3 * max(seconds[name]):.0f}"
-        faster = f"{medians['trainer'] / each:.2f}x"
-        label = labels.get(name) or f"delora, {sizes[name]} trial{'s' if sizes[name] > 1 else ''}"
-        table.add_row(label, f"{1e3 * median:.0f}", spread, f"{1e3 * each:.1f}", faster)
-    about = f"{options.model}, {options.method}, MRPC {'files' if options.data else 'synthetic'}"
-    print(f"{about}, batch {options.batch_size}, {options.precision}, {options.device}, {figures['threads']} threads")
+        spread = f"{1e3 * min(seconds[name]):.1f} to {1e3 * max(seconds[name]):.1f}"
+        faster = f"{medians['trainer'] / each:.2f}x" if "trainer" in medians else "-"
+        label = LABELS.get(name) or f"{name.split()[0]}, {sizes[name]} trial{'s' if sizes[name] > 1 else ''}"
+        table.add_row(label, f"{1e3 * median:.1f}", spread, f"{1e3 * each:.2f}", faster)
+    weights = ", random weights" if options.random else ""
+    about = f"{options.model}{weights}, {options.method}, MRPC {'files' if options.data else 'synthetic'}"
+    where = figures["hardware"] if bench.compiles else f"CPU, {figures['threads']} threads"
+    print(f"{about}, batch {options.batch_size}, {options.precision}, {where}")
     Console(width=100).print(table)
-    peaks = {int(size): peak for size, peak in figures["memory"].items()}
-    each = (peaks[max(peaks)] - peaks[1]) / (max(peaks) - 1)
+
+    largest = max(options.trials)
+    tokens = figures["tokens"]
+    print(f"tokens computed for each real one, {largest} trials: {tokens['computed'] / tokens['real']:.3f}")
+    each = medians[f"delora {largest}"] / largest
+    if "packed floor" in medians:
+        print(f"a step over the packed floor: {each / medians['packed floor']:.2f}")
+    if {"trainer", "peft"} <= medians.keys():
+        epoch = figures["steps_per_epoch"] * each + figures["evaluation_seconds"][largest] / largest
+        print(f"a trial-epoch, training and scoring: {epoch:.3f} s, {3600 / epoch:.0f} an hour")
+    if bench.compiles:
+        shape = bench.trial.model.shape
+        assert shape is not None
+        weights_ = sum(i * o for i, o in shape.linears().values())
+        share = 4 * weights_ * tokens["real"] / tokens["steps"] / medians[f"delora {largest}"] / H100_BF16
+        print(f"share of the bf16 matrix limit ({H100_BF16 / 1e12:.0f} TFLOP/s), real tokens only: {100 * share:.0f} %")
+        cold, cached = figures["start_seconds"]
+        print(f"compiling and warming up: {cold:.0f} s, with a cache {cached:.0f} s")
+    peaks = {int(size): peak for size, peak in figures["peak_bytes"].items()}
+    added = (peaks[max(peaks)] - peaks[1]) / (max(peaks) - 1)
     listed = ", ".join(f"{size}: {peak / 1e9:.2f} GB" for size, peak in peaks.items())
-    print(f"peak memory by trials: {listed}; each added trial {each / 1e6:.0f} MB")
+    print(f"peak memory by trials: {listed}; each added trial {added / 1e6:.0f} MB")
 
 
 if __name__ == "__main__":
