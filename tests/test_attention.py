@@ -2,13 +2,12 @@
 
 import pytest
 import torch
-from test_train import CPU
+from test_train import CPU, CUDA
 
 from delora import attention
 from delora.data.batches import Layout
 from delora.randomness import Dropout, TokenKeys
 
-CUDA = torch.device("cuda")
 LENGTHS = [[5, 17, 1, 40], [33, 2, 60, 9]]  # of two trials' examples
 
 

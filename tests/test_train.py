@@ -15,7 +15,7 @@ from delora.model import Fleet
 from delora.tasks import TASKS
 from delora.train import make_optimizer
 
-CPU = torch.device("cpu")
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 LOSS, MATRICES, STRENGTH = 2e-6, 2e-5, 5e-6
 
 
@@ -35,17 +35,24 @@ class Listener:
         self.ended[trial] = step
 
 
-def make_fleet(configs) -> tuple[Fleet, pretrained.Pretrained]:
+def make_fleet(configs, device=CPU) -> tuple[Fleet, pretrained.Pretrained]:
     loaded = pretrained.load(configs[0].model, TASKS["mrpc"])
-    return Fleet(loaded.model, configs, CPU), loaded
+    return Fleet(loaded.model, configs, device), loaded
 
 
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+DEVICES = [CPU, pytest.param(CUDA, marks=needs_gpu)]
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize(("trials", "precision"), [(1, "float32"), (3, "float32"), (3, "float64")])
-def test_published_trajectory(shared, monkeypatch, trials, precision):
+def test_published_trajectory(shared, monkeypatch, trials, precision, device):
     golden = load_file(shared / "golden" / "trajectory_delora.safetensors")
     here = trials // 2  # the other trials have their own start
     common = ["model=minilm", f"precision={precision}", "epochs=5", "batch_size=8", "log_every=1", "lr=1e-2"]
-    fleet, loaded = make_fleet([compose_trial(*common, f"seed={seed}") for seed in range(trials)])
+    fleet, loaded = make_fleet([compose_trial(*common, f"seed={seed}") for seed in range(trials)], device)
+    if device == CUDA:
+        fleet.compile_layers()
     for module in fleet.modules():
         if hasattr(module, "rates"):
             module.rates = (0.0,) * trials  # the published run has no dropout
@@ -58,8 +65,10 @@ def test_published_trajectory(shared, monkeypatch, trials, precision):
             parameter[here] = golden[f"init.{name_there(name)}"]
         for _, module in fleet.adapted():
             module.method.A0[here], module.method.B0[here] = module.method.A[here], module.method.B[here]
-    tokens = Tokens(Rows([("a", "b")] * 32, golden["labels"].flatten().numpy()), loaded.tokenizer, 32, CPU, fleet.dtype)
-    ids = golden["input_ids"].flatten(0, 1).int()
+    tokens = Tokens(
+        Rows([("a", "b")] * 32, golden["labels"].flatten().numpy()), loaded.tokenizer, 32, device, fleet.dtype
+    )
+    ids = golden["input_ids"].flatten(0, 1).int().to(device)
     tokens.inputs = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids)}
     tokens.lengths_S[:], tokens._length_S[:], tokens.longest = 32, 32, 32
     in_file_order = torch.arange(32).expand(trials, -1)
@@ -75,7 +84,7 @@ def test_published_trajectory(shared, monkeypatch, trials, precision):
     for name, parameter in fleet.trained().items():
         reference = golden[f"final{suffix}.{name_there(name)}"]
         bound = (STRENGTH if name.endswith("lam") else MATRICES) * tighter
-        assert (parameter[here] - reference).abs().max() <= bound * reference.abs().max(), name
+        assert (parameter[here].cpu() - reference).abs().max() <= bound * reference.abs().max(), name
 
 
 def tiny_data(fleet, loaded, rows=80) -> train.Data:
