@@ -1,7 +1,8 @@
 """Triton kernels: what `delora.attention.padded_attention` computes, without padding. Shapes as there.
 
 One program has all keys of an example, so the softmax takes one pass and no gradient is summed across programs:
-results do not depend on the order in which programs run. The dropout is that of `delora.randomness.Dropout`.
+results do not depend on the order in which programs run. A kernel is started for each power of two up to the span and
+takes the examples that it holds best. The dropout is that of `delora.randomness.Dropout`.
 """
 
 import os
@@ -19,13 +20,13 @@ from delora.randomness import Dropout
 if not os.environ.get("CC") and not any(map(shutil.which, ("cc", "gcc", "clang"))):
     raise ImportError("Triton needs a C compiler")
 
-LONGEST = 512  # keys that a program can hold
+SMALLEST, LARGEST = 64, 512  # keys that a program can hold
 QUERIES = 64  # that a program takes at once
 
 
 def can_attend(q: Tensor, layout: Layout) -> bool:
     """Whether the kernel takes these inputs; it multiplies half-precision numbers only."""
-    fits = q.shape[-1] in (16, 32, 64, 128) and layout.span <= LONGEST
+    fits = q.shape[-1] in (16, 32, 64, 128) and layout.span <= LARGEST
     return q.is_cuda and q.dtype == torch.bfloat16 and fits
 
 
@@ -50,26 +51,30 @@ def _attend(
     place: Tensor | None,
     threshold_K: Tensor | None,
     scale_K: Tensor | None,
-    block: int,
+    span: int,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
     """The result (K, N, H, D), and the logarithm of the softmax's sum (K, N, H)."""
     q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     trials, tokens, heads, width = q.shape
-    y = torch.zeros_like(q)  # what fills a row stays finite
+    y = torch.empty_like(q)
     total = torch.empty(trials, tokens, heads, dtype=torch.float32, device=q.device)
     examples = first_KB.shape[1]
-    queries = min(block, QUERIES)
-    _attend_kernel[(trials * examples, heads, triton.cdiv(block, queries))](
-        *(q, k, v, y, total, first_KB, length_KB, key_KN, place, threshold_K, scale_K, scaling, examples, tokens),
-        *(heads, width, queries, block, key_KN is not None),
-        num_warps=4 if block <= 128 else 8,
-    )
+    for keys in _sizes(span):
+        _attend_kernel[(trials * examples, heads, keys // QUERIES)](
+            *(q, k, v, y, total, first_KB, length_KB, key_KN, place, threshold_K, scale_K, scaling, examples, tokens),
+            *(heads, width, QUERIES, keys, keys == SMALLEST, key_KN is not None),
+            num_warps=4 if keys <= 128 else 8,
+        )
     return y, total
 
 
+def _sizes(span: int) -> list[int]:
+    return [SMALLEST << i for i in range(4) if SMALLEST << i < 2 * max(span, SMALLEST)]
+
+
 @_attend.register_fake
-def _(q, k, v, first_KB, length_KB, key_KN, place, threshold_K, scale_K, block, scaling):
+def _(q, k, v, first_KB, length_KB, key_KN, place, threshold_K, scale_K, span, scaling):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -87,35 +92,36 @@ def _attend_backward(
     place: Tensor | None,
     threshold_K: Tensor | None,
     scale_K: Tensor | None,
-    block: int,
+    span: int,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     gradient, q, k, v = gradient.contiguous(), q.contiguous(), k.contiguous(), v.contiguous()
     trials, tokens, heads, width = q.shape
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(q), torch.zeros_like(q)
+    dq, dk, dv = torch.empty_like(q), torch.empty_like(q), torch.empty_like(q)
     examples = first_KB.shape[1]
-    _backward_kernel[(trials * examples, heads)](
-        *(gradient, q, k, v, y, total, dq, dk, dv),
-        *(first_KB, length_KB, key_KN, place, threshold_K, scale_K, scaling, examples, tokens),
-        *(heads, width, min(block, QUERIES), block, key_KN is not None),
-        num_warps=4 if block <= 128 else 8,
-    )
+    for keys in _sizes(span):
+        _backward_kernel[(trials * examples, heads)](
+            *(gradient, q, k, v, y, total, dq, dk, dv),
+            *(first_KB, length_KB, key_KN, place, threshold_K, scale_K, scaling, examples, tokens),
+            *(heads, width, QUERIES, keys, keys == SMALLEST, key_KN is not None),
+            num_warps=4 if keys <= 64 else 8,
+        )
     return dq, dk, dv
 
 
 @_attend_backward.register_fake
-def _(gradient, q, k, v, y, total, first_KB, length_KB, key_KN, place, threshold_K, scale_K, block, scaling):
+def _(gradient, q, k, v, y, total, first_KB, length_KB, key_KN, place, threshold_K, scale_K, span, scaling):
     return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.block, ctx.scaling = inputs
+    *tensors, ctx.span, ctx.scaling = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
 
 
 def _gradients(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *_attend_backward(gradient, *ctx.saved_tensors, ctx.block, ctx.scaling), *[None] * 8
+    return *_attend_backward(gradient, *ctx.saved_tensors, ctx.span, ctx.scaling), *[None] * 8
 
 
 _attend.register_autograd(_gradients, setup_context=_keep)
@@ -144,16 +150,34 @@ def _dropped(key, place, threshold, head, QUERIES: tl.constexpr, KEYS: tl.conste
 
 
 @triton.jit
+def _is_mine(length, KEYS: tl.constexpr, FIRST_SIZE: tl.constexpr):
+    """Whether an example is for the kernel of this size: it fits, and not into the one before."""
+    return (length <= KEYS) & (FIRST_SIZE | (length > KEYS // 2))
+
+
+@triton.jit
+def _fill(X, first, end, head, HEADS: tl.constexpr, WIDTH: tl.constexpr):
+    """Zeros in what fills a row after its last example."""
+    for token in range(first, end, 32):
+        row, zeros = token + tl.arange(0, 32), tl.zeros([32, WIDTH], X.dtype.element_ty)
+        at = (row * HEADS + head)[:, None] * WIDTH + tl.arange(0, WIDTH)[None, :]
+        tl.store(X + at, zeros, mask=(row < end)[:, None])
+
+
+@triton.jit
 def _attend_kernel(
     Q, K, V, Y, TOTAL, FIRST, LENGTH, KEY, PLACE, THRESHOLD, SCALE, scaling, examples, tokens,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DROPS: tl.constexpr,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, FIRST_SIZE: tl.constexpr,
+    DROPS: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head of one example."""
     example, head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(LENGTH + example)
-    if block * QUERIES < length:
+    if (block * QUERIES < length) & _is_mine(length, KEYS, FIRST_SIZE):
         trial = example // examples
         start = trial.to(tl.int64) * tokens + tl.load(FIRST + example)
+        if (block == 0) & (example % examples == examples - 1):
+            _fill(Y, start + length, (trial.to(tl.int64) + 1) * tokens, head, HEADS, WIDTH)
         m, t, d = block * QUERIES + tl.arange(0, QUERIES), tl.arange(0, KEYS), tl.arange(0, WIDTH)
         at_m = (start + m)[:, None] * (HEADS * WIDTH) + head * WIDTH + d[None, :]
         at_t = (start + t)[:, None] * (HEADS * WIDTH) + head * WIDTH + d[None, :]
@@ -176,38 +200,45 @@ def _attend_kernel(
 @triton.jit
 def _backward_kernel(
     G, Q, K, V, Y, TOTAL, DQ, DK, DV, FIRST, LENGTH, KEY, PLACE, THRESHOLD, SCALE, scaling, examples, tokens,
-    HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, DROPS: tl.constexpr,
+    HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, FIRST_SIZE: tl.constexpr,
+    DROPS: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one head of one example."""
     example, head = tl.program_id(0), tl.program_id(1)
     length = tl.load(LENGTH + example)
-    trial = example // examples
-    start = trial.to(tl.int64) * tokens + tl.load(FIRST + example)
-    t, d = tl.arange(0, KEYS), tl.arange(0, WIDTH)
-    at_t = (start + t)[:, None] * (HEADS * WIDTH) + head * WIDTH + d[None, :]
-    in_t = (t < length)[:, None]
-    k, v = tl.load(K + at_t, mask=in_t, other=0), tl.load(V + at_t, mask=in_t, other=0)
-    dk, dv = tl.zeros([KEYS, WIDTH], tl.float32), tl.zeros([KEYS, WIDTH], tl.float32)
-    for first in range(0, length, QUERIES):
-        m = first + tl.arange(0, QUERIES)
-        at_m = (start + m)[:, None] * (HEADS * WIDTH) + head * WIDTH + d[None, :]
-        in_m = (m < length)[:, None]
-        q, g = tl.load(Q + at_m, mask=in_m, other=0), tl.load(G + at_m, mask=in_m, other=0)
-        total = tl.load(TOTAL + (start + m) * HEADS + head, mask=m < length, other=0)
-        weights = tl.exp(tl.dot(q, tl.trans(k)) * scaling - total[:, None])
-        weights = tl.where((t < length)[None, :], weights, 0.0)
-        dropped, dweights = weights, tl.dot(g, tl.trans(v))
-        if DROPS:
-            key = tl.load(KEY + start + m, mask=m < length, other=0)
-            drop = _dropped(key, tl.load(PLACE), tl.load(THRESHOLD + trial), head, QUERIES, KEYS)
-            scale = tl.load(SCALE + trial).to(tl.float32)
-            dropped = tl.where(drop, 0.0, weights * scale)
-            dweights = tl.where(drop, 0.0, dweights * scale)
-        y = tl.load(Y + at_m, mask=in_m, other=0)
-        mean = tl.sum(g.to(tl.float32) * y.to(tl.float32), 1)
-        dscores = (weights * (dweights - mean[:, None]) * scaling).to(q.dtype)
-        dv += tl.dot(tl.trans(dropped.to(q.dtype)), g)
-        dk += tl.dot(tl.trans(dscores), q)
-        tl.store(DQ + at_m, tl.dot(dscores, k).to(q.dtype), mask=in_m)
-    tl.store(DK + at_t, dk.to(k.dtype), mask=in_t)
-    tl.store(DV + at_t, dv.to(k.dtype), mask=in_t)
+    if _is_mine(length, KEYS, FIRST_SIZE):
+        trial = example // examples
+        start = trial.to(tl.int64) * tokens + tl.load(FIRST + example)
+        if example % examples == examples - 1:
+            end = (trial.to(tl.int64) + 1) * tokens
+            _fill(DQ, start + length, end, head, HEADS, WIDTH)
+            _fill(DK, start + length, end, head, HEADS, WIDTH)
+            _fill(DV, start + length, end, head, HEADS, WIDTH)
+        t, d = tl.arange(0, KEYS), tl.arange(0, WIDTH)
+        at_t = (start + t)[:, None] * (HEADS * WIDTH) + head * WIDTH + d[None, :]
+        in_t = (t < length)[:, None]
+        k, v = tl.load(K + at_t, mask=in_t, other=0), tl.load(V + at_t, mask=in_t, other=0)
+        dk, dv = tl.zeros([KEYS, WIDTH], tl.float32), tl.zeros([KEYS, WIDTH], tl.float32)
+        for first in range(0, length, QUERIES):
+            m = first + tl.arange(0, QUERIES)
+            at_m = (start + m)[:, None] * (HEADS * WIDTH) + head * WIDTH + d[None, :]
+            in_m = (m < length)[:, None]
+            q, g = tl.load(Q + at_m, mask=in_m, other=0), tl.load(G + at_m, mask=in_m, other=0)
+            total = tl.load(TOTAL + (start + m) * HEADS + head, mask=m < length, other=0)
+            weights = tl.exp(tl.dot(q, tl.trans(k)) * scaling - total[:, None])
+            weights = tl.where((t < length)[None, :], weights, 0.0)
+            dropped, dweights = weights, tl.dot(g, tl.trans(v))
+            if DROPS:
+                key = tl.load(KEY + start + m, mask=m < length, other=0)
+                drop = _dropped(key, tl.load(PLACE), tl.load(THRESHOLD + trial), head, QUERIES, KEYS)
+                scale = tl.load(SCALE + trial).to(tl.float32)
+                dropped = tl.where(drop, 0.0, weights * scale)
+                dweights = tl.where(drop, 0.0, dweights * scale)
+            y = tl.load(Y + at_m, mask=in_m, other=0)
+            mean = tl.sum(g.to(tl.float32) * y.to(tl.float32), 1)
+            dscores = (weights * (dweights - mean[:, None]) * scaling).to(q.dtype)
+            dv += tl.dot(tl.trans(dropped.to(q.dtype)), g)
+            dk += tl.dot(tl.trans(dscores), q)
+            tl.store(DQ + at_m, tl.dot(dscores, k).to(q.dtype), mask=in_m)
+        tl.store(DK + at_t, dk.to(k.dtype), mask=in_t)
+        tl.store(DV + at_t, dv.to(k.dtype), mask=in_t)

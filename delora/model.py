@@ -64,7 +64,7 @@ class HeadLinear(nn.Module):
             self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        x_KNI = x.reshape(len(self.weight), -1, x.shape[-1])
+        x_KNI = x.reshape(len(self.weight), -1, x.shape[-1]).to(self.weight.dtype)
         y_KNO = x_KNI @ self.weight.mT
         if self.bias is not None:
             y_KNO = y_KNO + self.bias[:, None]
