@@ -3,7 +3,6 @@
 W′ = W + (α/r)·B·A, with A Kaiming-uniform and B zero. Dropout acts on the input of the BA branch alone.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -22,11 +21,11 @@ class LoRA(Method):
         self.scale_K = alpha / rank
 
     def forward(self, x_KNI: Tensor, dropped_KNI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        return torch.baddbmm(F.linear(x_KNI, weight_OI, bias_O), self.low(dropped_KNI), self.B.mT)
+        return F.linear(x_KNI, weight_OI, bias_O) + self.branch(dropped_KNI)
 
-    def low(self, x_KNI: Tensor) -> Tensor:
-        """(α/r)·A·x, (K, N, R)."""
-        return x_KNI @ self.A.mT * per_trial(self.scale_K)
+    def branch(self, x_KNI: Tensor) -> Tensor:
+        """(α/r)·B·A·x, (K, N, O)."""
+        return (x_KNI @ self.A.mT * per_trial(self.scale_K)) @ self.B.mT
 
     def delta(self, weight_OI: Tensor) -> Tensor:
         return per_trial(self.scale_K) * (self.B @ self.A)
