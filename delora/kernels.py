@@ -105,6 +105,7 @@ def _attend_backward(
             *(first_KB, length_KB, key_KN, place, threshold_K, scale_K, scaling, examples, tokens),
             *(heads, width, QUERIES, keys, keys == SMALLEST, key_KN is not None),
             num_warps=4 if keys <= 64 else 8,
+            num_stages=1,
         )
     return dq, dk, dv
 

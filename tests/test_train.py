@@ -51,7 +51,7 @@ def test_published_trajectory(shared, monkeypatch, trials, precision, device):
     here = trials // 2  # the other trials have their own start
     common = ["model=minilm", f"precision={precision}", "epochs=5", "batch_size=8", "log_every=1", "lr=1e-2"]
     fleet, loaded = make_fleet([compose_trial(*common, f"seed={seed}") for seed in range(trials)], device)
-    if device == CUDA:
+    if device == CUDA and trials == 1:
         fleet.compile_layers()
     for module in fleet.modules():
         if hasattr(module, "rates"):
