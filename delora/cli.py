@@ -215,10 +215,12 @@ def _keys(text: str) -> Iterator[tuple[str, str, str]]:
 
 
 def _help_on_group(group: str, default: str) -> Iterator[str]:
-    for path in sorted((conf_folder() / group).glob("*.yaml")):
+    root = conf_folder() / group
+    for path in sorted(root.rglob("*.yaml"), key=lambda path: (path.parent, path)):
+        option = path.relative_to(root).with_suffix("").as_posix()
         comments = re.findall(r"^# (?!@|delora-run)(.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
-        mark = "*" if path.stem == default else " "
-        yield f"{mark} {f'{group}={path.stem}':<25}{comments[0] if comments else ''}"
+        mark = "*" if option == default else " "
+        yield f"{mark} {f'{group}={option}':<25}{comments[0] if comments else ''}"
 
 
 def _columns(keys: Iterable[tuple[str, str, str]]) -> Iterator[str]:

@@ -74,7 +74,10 @@ class _Command:
         self._check_values(values, configs)
 
     def _list(self, group: str) -> list[str]:
-        return sorted({path.stem for folder in self._folders for path in (folder / group).glob("*.yaml")})
+        """The options of a group, those of its folders as folder/option."""
+        roots = [folder / group for folder in self._folders]
+        paths = {path.relative_to(root).with_suffix("") for root in roots for path in root.rglob("*.yaml")}
+        return sorted(path.as_posix() for path in paths)
 
     def _parse(self, words: Sequence[str]) -> list[Override]:
         parser = OverridesParser.create(GlobalHydra.instance().config_loader())
@@ -128,7 +131,13 @@ class _Command:
         words = [f"{group}={option}" for group, option in choice.items()]
         search = ",".join(f"'file://{folder}'" for folder in self._folders[1:])
         try:
-            return compose(self._config, [*words, f"hydra.searchpath=[{search}]"])
+            config = compose(self._config, [*words, f"hydra.searchpath=[{search}]"])
+            if {"experiment", "method"} <= choice.keys():
+                plain = compose(self._config, [f"method={choice['method']}", f"hydra.searchpath=[{search}]"])
+                message = f"set by experiment={choice['experiment']}, but method={choice['method']} has no such key"
+                keys = [key for key in config.method if key not in plain.method]
+                self.faults += [Fault(f"method.{key}", config.method[key], message) for key in keys]
+            return config
         except (HydraException, OmegaConfBaseException) as error:
             self.faults.append(f"{' '.join(words)}: {error}")
             return None
