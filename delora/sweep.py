@@ -19,6 +19,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from rich.console import Console as Rich
@@ -160,7 +161,11 @@ class Sweep:
         require_all(missing)
         config = next(iter(self.trials.values()))
         tracking = Tracking(config.logger.mode if missing else "disabled", config.logger.project)
-        with tracking, Console(list(self.trials.values()), self.found) as self.console:
+        with (
+            TemporaryDirectory() as pictures,  # wandb has read them once `tracking` is closed
+            tracking,
+            Console(list(self.trials.values()), self.found) as self.console,
+        ):
             self.tracking = tracking
             while missing:
                 groups = plan(missing, self.trials)
@@ -171,9 +176,27 @@ class Sweep:
                 before, missing = len(missing), self.missing()
                 if len(missing) == before:
                     time.sleep(SECONDS_BETWEEN_LOOKS)  # another process has them
+            if len(self.trials) > 1:
+                self._summarise(Path(pictures))
         if len(self.trials) == 1 and self.failures:
             raise next(iter(self.failures.values()))
         return [self.found.get(folder) for folder in self.order]
+
+    def _summarise(self, pictures: Path) -> None:
+        """Shows each sweep as a whole, as the disk has it, in a wandb run of its own; trouble there ends nothing."""
+        for root, name in {folder.parent: trial.sweep for folder, trial in self.trials.items()}.items():
+            if name is None or not self.tracking.enabled:
+                continue
+            try:
+                from delora.report import summary  # with Matplotlib, which nothing else here needs
+
+                content = summary.make(root, pictures)
+            except Exception as error:
+                logger.warning("no summary of %s in wandb: %s (results are not affected)", root, error)
+                continue
+            tracker = self.tracking.start(f"{name}-summary", {}, root, group=name)
+            tracker.show(content)
+            tracker.finish("done", {})
 
     def _train(self, group: Group) -> None:
         """Trains a group; one that does not fit into memory, or fails, is tried in halves."""

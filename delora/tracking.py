@@ -1,4 +1,4 @@
-"""wandb, a run for each trial, from a process of its own.
+"""wandb, a run for each trial and one for their sweep, from a process of its own.
 
 wandb works in a child process (this file, run as a script) that reads messages from a pipe.
 Whatever happens there, an error, a hang, a crash, cannot stop or slow training, and nothing of
@@ -199,6 +199,10 @@ class Tracker:
         """Logs numbers, {"distance": {"layer": 1.0}} as "distance/layer", None not at all."""
         self._tracking._send({"do": "log", "run": self.id, "values": _flat(values), "step": step})
 
+    def show(self, content: Mapping[str, Any]) -> None:
+        """Shows what `delora.report.summary` makes; shown again, in a later process, the newer stands for the run."""
+        self._tracking._send({"do": "show", "run": self.id, **content})
+
     def finish(self, status: str, summary: Mapping[str, Any]) -> None:
         """Ends the run: done, diverged or failed; wandb shows the last as failed. Does not wait for wandb."""
         summary = {"status": status, **_flat(summary)}
@@ -277,6 +281,21 @@ class Worker:
                 self.runs[run].log(values, step=step)
                 return
             del self.runs[run]
+
+    def show(self, run: str, charts: list[dict[str, Any]], tables: dict[str, Any], pictures: dict[str, str]) -> None:
+        if run not in self.runs:
+            return
+        with self._caught("wandb could not show the sweep's curves"):
+            shown: dict[str, Any] = {}
+            for chart in charts:
+                xs, ys = zip(*chart["lines"].values(), strict=True)
+                titles = {"title": chart["title"], "xname": chart["x"]}
+                shown[f"curves/{chart['name']}"] = self.wandb.plot.line_series(xs, ys, list(chart["lines"]), **titles)
+            for title, (columns, *rows) in tables.items():
+                shown[f"tables/{title}"] = self.wandb.Table(columns=columns, data=rows)
+            for name, path in pictures.items():
+                shown[f"pictures/{name}"] = self.wandb.Image(path)
+            self.runs[run].log(shown)
 
     def finish(self, run: str, failed: bool, summary: dict[str, Any]) -> None:
         open_run = self.runs.pop(run, None)

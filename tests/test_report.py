@@ -217,16 +217,20 @@ def test_a_trial_that_diverged_at_once_counts(tmp_path):
 
 def test_training_the_head_alone_is_a_reference(tmp_path):
     fake_trials.write(tmp_path / "a", 0.9)
-    for name, factor, score in (("b", 1, 0.7), ("c", 2, 0.72)):
-        path = fake_trials.write(tmp_path / name, score, factor=factor) / "result.json"
+    for name, factor, score, epochs in (("b", 1, 0.7, 10), ("c", 2, 0.72, 10), ("d", 1, 0.75, 20)):
+        path = fake_trials.write(tmp_path / name, score, factor=factor, epochs=epochs) / "result.json"
         result = json.loads(path.read_text())
         result["config"]["method"]["name"] = "head"
         result["parameters"]["adapter"] = 0
         path.write_text(json.dumps(result))
-    (panel,) = panels(tmp_path)
-    assert panel.references == {"guessing": 279 / 408, "head only": 0.72}
-    assert len(panel.trials) == 3
+    found = trials.read([tmp_path])
+    (panel,) = made = statistics.panels(found.trials)
+    of_heads = {"head only (epochs 10)": 0.72, "head only (epochs 20)": 0.75}
+    assert panel.references == {"guessing": 279 / 408, **of_heads}
+    assert len(panel.trials) == 4
     assert [shown.label for shown in panel.curves] == ["LoRA"]
+    assert not [row for table in tables.all_tables(made) for row in table.rows if "head" in row[0].text + row[1].text]
+    assert any("head only (epochs 10), 0.0012 (factor 2), is the edge" in note for note in tables.notes(found, made))
 
 
 def test_score_is_the_protocols(tmp_path):

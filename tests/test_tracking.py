@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import SMALL, command
 
 from delora import tracking
 from delora.tracking import Tracking, run_id
@@ -53,10 +54,10 @@ def warnings(caplog: pytest.LogCaptureFixture) -> Callable[[], list[str]]:
 class Run:
     """What an offline run's file holds: a log in LevelDB's format, in blocks of 32 KiB after a header."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, name: str = "*"):
         from wandb.proto.wandb_internal_pb2 import Record
 
-        (self.file,) = folder.glob("wandb/offline-run-*/*.wandb")
+        (self.file,) = folder.glob(f"wandb/offline-run-*/{name}.wandb")
         data, place, part = self.file.read_bytes(), 7, b""
         self.config, self.history, self.summary, self.exit_code = {}, [], {}, None
         while place + 7 <= len(data):
@@ -440,3 +441,44 @@ def test_a_killed_trainer_leaves_failed_runs_and_no_process(tmp_path, kind):
     wait_for(lambda: not Path(f"/proc/{child}").exists() and not Path(f"/proc/{core}").exists())
     run = Run(tmp_path / "0")
     assert run.exit_code == 1 and run.curve("loss") == [(step, 1.0) for step in range(20)]
+
+
+def test_a_sweeps_summary_run_shows_the_curves_of_the_results_on_disk(tmp_path):
+    words = [*SMALL, "logger=wandb", "logger.mode=offline", "method=lora,head", "lr_factor=1,4", "seed=42,43", "name=s"]
+    assert command("-m", *words, cwd=tmp_path).returncode == 0
+    sweep = tmp_path / "outputs" / "s"
+    run = Run(sweep, "*summary*")
+    assert run.group == "s" and run.exit_code == 0
+    (shown,) = run.history
+
+    def table(key: str) -> dict:
+        return json.loads((run.file.parent / "files" / shown[f"{key}/path"]).read_text())
+
+    results = [json.loads(path.read_text()) for path in sweep.glob("*/result.json")]
+    assert len(results) == 8
+    scores: dict[tuple, list[float]] = {}
+    for result in results:
+        rate = result["config"]["lr_factor"] if result["config"]["method"]["name"] == "lora" else None
+        scores.setdefault((result["config"]["method"]["name"], rate), []).append(
+            100 * result["best"]["test"]["accuracy"]
+        )
+    lines = table("curves/score by factor, MRPC_table")
+    assert lines["columns"] == ["step", "lineKey", "lineVal"]
+    drawn = {(name, step): value for step, name, value in lines["data"]}
+    for factor in (1, 4):  # its logarithm to base 2 is drawn
+        assert drawn["LoRA", {1: 0, 4: 2}[factor]] == pytest.approx(np.mean(scores["lora", factor]))
+    assert {name for name, _ in drawn} == {"LoRA", "guessing", "head only"}
+    for name in ("score_by_factor", "distance_by_factor"):
+        picture = run.file.parent / "files" / shown[f"pictures/{name}/path"]
+        assert picture.read_bytes().startswith(b"\x89PNG")
+    assert any(row[0] == "LoRA" for row in table("tables/Scores: tiny, paper protocol, synthetic data")["data"])
+
+
+def test_no_summary_changes_nothing(tmp_path):
+    """A broken Matplotlib, as an example of what may go wrong there."""
+    (tmp_path / "matplotlib.py").write_text("raise ImportError('broken')")
+    words = [*SMALL, "logger=wandb", "logger.mode=offline", "method=lora", "lr_factor=1,4", "name=s"]
+    ended = command("-m", *words, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
+    assert ended.returncode == 0, ended.stderr
+    assert "no summary of" in ended.stderr and "results are not affected" in ended.stderr
+    assert len(list((tmp_path / "outputs" / "s").glob("*/result.json"))) == 2

@@ -136,8 +136,14 @@ def shown_factor(curve: Curve, factor: float | None) -> int | None:
 # --- Pictures
 
 
-def draw(panels: Sequence[Panel], folder: Path, layer: str | None = None, factor: float | None = None) -> list[Path]:
-    """Draws every picture that the trials allow into `folder`, each in all FORMATS; returns the files.
+def draw(
+    panels: Sequence[Panel],
+    folder: Path,
+    layer: str | None = None,
+    factor: float | None = None,
+    formats: Iterable[str] = FORMATS,
+) -> list[Path]:
+    """Draws every picture that the trials allow into `folder`, each in all formats; returns the files.
 
     Args:
         layer: the layers whose distance and λ the trials hold, for the labels; None for all.
@@ -148,7 +154,7 @@ def draw(panels: Sequence[Panel], folder: Path, layer: str | None = None, factor
     files = []
     with matplotlib.rc_context(RC):
         for name, figure in _pictures(panels, layer, factor):
-            for kind in FORMATS:
+            for kind in formats:
                 files.append(folder / f"{name}.{kind}")
                 figure.savefig(files[-1], metadata=METADATA[kind])
     return files
@@ -272,7 +278,7 @@ def _draw_band(axis: "Axes", style: Style, x_F: np.ndarray, values_FS: np.ndarra
 
 
 def _reference_lines(axis: "Axes", panel: Panel) -> None:
-    for (name, value), dash in zip(panel.references.items(), ((4, 3), (1, 1.5)), strict=False):
+    for (name, value), dash in zip(panel.references.items(), itertools.cycle([(4, 3), (1, 1.5)]), strict=False):
         axis.axhline(100 * value, color="#777", linewidth=0.8, linestyle=(0, dash), zorder=0)
         place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
         axis.annotate(name, (0.01, 100 * value), (0, 1.5), **place, color="#666", fontsize=7, va="bottom")

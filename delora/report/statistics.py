@@ -98,7 +98,7 @@ class Panel:
 
     Attributes:
         floor: the score of guessing; it stands in for a trial without a score.
-        head: training the head alone on the frozen encoder, if such trials are there.
+        heads: training the head alone on the frozen encoder, if such trials are there.
         span: the range of factors for worst drop and sensitivity; None if no range is covered by every curve.
     """
 
@@ -108,7 +108,7 @@ class Panel:
     data: str
     floor: float
     curves: list[Curve]
-    head: Curve | None
+    heads: list[Curve]
     span: Span | None
 
     @property
@@ -117,14 +117,12 @@ class Panel:
 
     @property
     def trials(self) -> list[Trial]:
-        curves = [*self.curves, *([self.head] if self.head else [])]
-        return [trial for curve in curves for _, trial in sorted(curve.trials.items())]
+        return [trial for curve in (*self.curves, *self.heads) for _, trial in sorted(curve.trials.items())]
 
     @property
     def references(self) -> dict[str, float]:
         """Scores to compare with: of guessing, and of the head alone at its best rate."""
-        head = {"head only": float(np.nanmean(self.head.best_scores_S))} if self.head else {}
-        return {"guessing": self.floor, **head}
+        return {"guessing": self.floor, **{c.label: float(np.nanmean(c.best_scores_S)) for c in self.heads}}
 
 
 @functools.cache
@@ -170,8 +168,8 @@ def panels(trials: Iterable[Trial], span: Span | None = None) -> list[Panel]:
         curves = [curve(label, by_label[label], floor) for label in sorted(by_label, key=label_order)]
         heads = [c for c in curves if c.trials_at(0)[0].result["parameters"]["adapter"] == 0]
         adapted = [c for c in curves if c not in heads]
-        shown, head = (adapted, heads[0] if heads else None) if adapted else (heads, None)
-        made.append(Panel(*place, floor, shown, head, span or common_span(shown)))
+        shown, heads = (adapted, heads) if adapted else (heads, [])
+        made.append(Panel(*place, floor, shown, heads, span or common_span(shown)))
     return made
 
 

@@ -384,7 +384,7 @@ def notes(found: Collection, panels: Sequence[Panel]) -> list[str]:
     ]
     for panel in panels:
         where = f"{task_name(panel.task)}, {panel.model}"
-        said += [f"{where}: {note}" for curve in panel.curves for note in _doubts(curve)]
+        said += [f"{where}: {note}" for curve in (*panel.curves, *panel.heads) for note in _doubts(curve)]
         for what in ("data", "weights"):
             hashes = {dict(trial.result["made_by"][what]).get("sha256") for trial in panel.trials}  # type: ignore[literal-required]
             if len(hashes) > 1:

@@ -13,7 +13,14 @@ from delora.config import NOT_THE_TRIAL, look_up, matches, show
 from delora.errors import UserError
 from delora.tasks import TASKS
 
-NAMES = {"lora": "LoRA", "dora": "DoRA", "delora": "DeLoRA", "ether": "ETHER", "etherplus": "ETHER+"}
+NAMES = {
+    "lora": "LoRA",
+    "dora": "DoRA",
+    "delora": "DeLoRA",
+    "ether": "ETHER",
+    "etherplus": "ETHER+",
+    "head": "head only",
+}
 FACTOR_ON = {"adapter": "factor on BA", "lambda": "factor on λ"}
 # Settings that place a trial in the report, by dotted key or group; all others tell variants of a method apart.
 PLACE = ("task", "model", "protocol", "data.name", "seed", "lr", "lr_factor", "lr_factor_on")

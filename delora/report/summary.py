@@ -1,0 +1,51 @@
+"""What wandb's summary run of a sweep shows: the report's curves, tables and pictures, from results on disk."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from delora.report import curves, statistics, tables, trials
+from delora.report.statistics import Panel
+
+X = "log2 of the factor on the base rate"  # wandb's line series have no logarithmic axis
+
+
+def make(sweep: Path, pictures: Path) -> dict[str, Any]:
+    """Plain data for `delora.tracking.Tracker.show`.
+
+    Args:
+        pictures: a folder to draw into.
+
+    Raises:
+        UserError: what `trials.read` raises.
+    """
+    panels = statistics.panels(trials.read([sweep]).trials)
+    return {
+        "charts": list(_charts(panels)),
+        "tables": {
+            table.title: [table.columns, *([cell.text for cell in row] for row in table.rows)]
+            for table in tables.all_tables(panels)
+        },
+        "pictures": {path.stem: str(path) for path in curves.draw(panels, pictures, formats=["png"])},
+    }
+
+
+def _charts(panels: Sequence[Panel]) -> Iterator[dict[str, Any]]:
+    """Means over the seeds by factor: a chart for each panel and quantity, a line for each method and reference."""
+    for title, panel in zip(curves.panel_titles(panels), panels, strict=True):
+        for quantity in ("score", "distance"):
+            lines = {}
+            for curve in panel.curves:
+                mean_F = statistics.band(curves.at_rates(curve, quantity))[0]
+                there = ~np.isnan(mean_F)
+                if len(curve.factors_F) > 1 and there.any():
+                    lines[curve.label] = [np.log2(curve.factors_F[there]).tolist(), mean_F[there].tolist()]
+            if not lines:
+                continue
+            if quantity == "score":
+                ends = [min(min(x) for x, _ in lines.values()), max(max(x) for x, _ in lines.values())]
+                lines |= {name: [ends, [100 * value] * 2] for name, value in panel.references.items()}
+            y = curves.y_label(panel, quantity, "factor", None)
+            yield {"name": f"{quantity} by factor, {title}", "title": f"{title}: {y}", "x": X, "lines": lines}
