@@ -11,11 +11,13 @@ import torch
 
 from delora.config import Shape, Trial
 from delora.data.batches import Tokens
+from delora.train import EXAMPLES_ON_CPU
 
-MOST = {"cpu": 8, "cuda": 32}  # with more trials a step takes as long for each
+MOST = {"cpu": 8, "cuda": 64}  # with more trials a step takes as long for each
 SHARE = 0.8  # of the memory that is free
 UNKNOWN = 8  # trials of an encoder whose shape is not known
-PADDING = 1.25  # tokens computed for each real one
+PADDING = 1.05  # tokens computed for each real one, as scripts/benchmark measures it
+SPREAD = 1.25  # tokens of the longest batch over those of the mean one
 
 
 def largest_fleet(trial: Trial, tokens: Mapping[str, Tokens], device: torch.device) -> int:
@@ -23,25 +25,28 @@ def largest_fleet(trial: Trial, tokens: Mapping[str, Tokens], device: torch.devi
     most = MOST.get(device.type, UNKNOWN)
     if trial.model.shape is None:
         return min(most, UNKNOWN)
-    encoder, each = needed_bytes(trial, trial.model.shape, tokens)
+    encoder, each = needed_bytes(trial, trial.model.shape, tokens, device)
     return max(1, min(most, int((free_bytes(device) * SHARE - encoder) / each)))
 
 
-def needed_bytes(trial: Trial, shape: Shape, tokens: Mapping[str, Tokens]) -> tuple[int, int]:
+def needed_bytes(trial: Trial, shape: Shape, tokens: Mapping[str, Tokens], device: torch.device) -> tuple[int, int]:
     """Estimated bytes of the encoder, and of each trial over it in a training step.
 
     Activations after Korthikanti et al. 2022 (arXiv 2205.05198), Eq. 2, with 2 bytes a value: a layer keeps
     T·h·(34 + 5·a·T/h) bytes for T tokens, width h and a heads. Frozen layers keep less, so it is an upper bound.
     """
-    size = 8 if trial.precision == "float64" else 4
-    longest = int(max(t.lengths_S.max() for t in tokens.values()))
+    size = {"float64": 8, "bfloat16": 2}.get(trial.precision, 4)
+    train, longest = tokens["train"], max(t.longest for t in tokens.values())
     examples = -(-trial.batch_size // trial.accumulation)
+    count = examples * min(SPREAD * float(train.lengths_S.mean()), longest)
+    if device.type == "cpu":  # in parts, one of which has the longest examples
+        count = min(examples, EXAMPLES_ON_CPU) * longest
     per_token = shape.width * 34 + 5 * shape.heads * longest
-    activations = examples * longest * shape.layers * per_token * (size // 2)
+    activations = int(count * shape.layers * per_token * size / 2)
     linears = shape.linears().values()
     encoder = (sum(i * o for i, o in linears) + 31_000 * shape.width) * size
     trained = sum(i + o for i, o in linears) * (trial.method.rank or 1) + 2 * shape.width**2
-    return encoder, activations + 7 * size * trained
+    return encoder, activations + 7 * max(size, 4) * trained
 
 
 def free_bytes(device: torch.device) -> int:

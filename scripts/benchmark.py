@@ -78,6 +78,8 @@ def main() -> None:
         return
     bench = Benchmark(options)
     figures = bench.measure()
+    if options.json:  # what follows takes a while
+        options.json.write_text(json.dumps(figures, indent=1) + "\n")
     if not bench.compiles:
         figures["peak_bytes"] = {str(size): apart(f"peak:{size}") for size in sorted({1, 2, 4, *options.trials})}
     else:
@@ -170,9 +172,9 @@ class Benchmark:
             "trainer": self.peft_trainer,
             "trainer compiled": lambda: self.peft_trainer(compiled=True),
         }
-        rows = {name: every[name] for name in options.rows if self.compiles or "compiled" not in name}
-        rows |= {f"delora {k}": (lambda k=k: self.delora(k)) for k in options.trials}
         largest = max(options.trials)
+        rows = {f"delora {k}": (lambda k=k: self.delora(k)) for k in options.trials}
+        rows |= {name: every[name] for name in options.rows if self.compiles or "compiled" not in name}
         rows |= {f"{name} {largest}": (lambda name=name: self.delora(largest, name)) for name in options.methods}
         seconds: dict[str, list[float]] = {name: [] for name in rows}
         for turn in range(options.turns):
