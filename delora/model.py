@@ -150,6 +150,7 @@ class Fleet(nn.Module):
     def compile_layers(self) -> None:
         """Has the encoder's layers compiled when they are first used, once for all that are alike."""
         torch._dynamo.config.recompile_limit = 64  # methods and sizes of fleets in one process
+        torch._dynamo.config.skip_nnmodule_hook_guards = False  # else the last layer runs code of one without `_prune`
         for layer in self._layers():
             layer.compile(dynamic=True)
 
@@ -217,7 +218,7 @@ class Fleet(nn.Module):
             logits = self.base(**batch.inputs, position_ids=position_KN).logits
         else:
             logits = self(**batch.inputs).logits
-        return logits.to(self.dtype).view(*batch.labels_KB.shape, -1)
+        return logits.to(self.dtype).view(*batch.labels_KB.shape, self.base.config.num_labels)
 
     @torch.no_grad()
     def distances(self) -> dict[str, Tensor]:

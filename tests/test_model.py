@@ -1,13 +1,19 @@
 """What must hold for every method in conf/method, found by globbing."""
 
+import functools
+
 import pytest
 import torch
 from conftest import compose_trial
+from torch import nn
 
 from delora import pretrained
 from delora.cli import conf_folder
+from delora.data import load
+from delora.data.batches import Tokens
 from delora.errors import UserError
 from delora.model import Fleet
+from delora.randomness import Dropout
 from delora.tasks import TASKS
 
 METHODS = sorted(path.stem for path in (conf_folder() / "method").glob("*.yaml"))
@@ -81,3 +87,27 @@ def test_weights_with_another_hash_are_refused():
     trial = compose_trial("model=minilm", f"model.sha256={'0' * 64}")
     with pytest.raises(UserError, match=r"expected sha256 0000[\s\S]*found    sha256 53aa51172d14"):
         pretrained.load(trial.model, TASKS["mrpc"])
+
+
+def test_compiled_layers_compute_what_plain_ones_do(monkeypatch):
+    """The last of three layers lets only first tokens through: it must not run what was compiled for another."""
+    monkeypatch.setattr(nn.Module, "compile", functools.partialmethod(nn.Module.compile, backend="aot_eager"))
+    configs = [compose_trial("model=tiny", "model.shape.layers=3", f"seed={seed}") for seed in range(2)]
+    found = []
+    for compiled in (False, True):
+        loaded = pretrained.load(configs[0].model, TASKS["mrpc"])
+        fleet = Fleet(loaded.model, configs, CPU).train()
+        for module in fleet.modules():
+            if isinstance(module, Dropout):
+                module.rates = (0.0, 0.0)
+        if compiled:
+            fleet.compile_layers()
+        rows = load(TASKS["mrpc"], source="synthetic", rows={"train": 8, "validation": 8}).splits["train"]
+        tokens = Tokens(rows, loaded.tokenizer, 48, CPU, fleet.dtype)
+        batch = tokens.gather(torch.arange(8).expand(2, -1))
+        fleet.keys.set(batch.layout, 3, 0)
+        logits = fleet.logits(batch)
+        logits.square().sum().backward()
+        found.append([logits.detach(), *(parameter.grad for parameter in fleet.trained().values())])
+    for plain, fast in zip(*found, strict=True):
+        torch.testing.assert_close(fast, plain, rtol=1e-5, atol=1e-7)
