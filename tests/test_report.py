@@ -226,7 +226,7 @@ def test_training_the_head_alone_is_a_reference(tmp_path):
     found = trials.read([tmp_path])
     (panel,) = made = statistics.panels(found.trials)
     of_heads = {"head only (epochs 10)": 0.72, "head only (epochs 20)": 0.75}
-    assert panel.references == {"guessing": 279 / 408, **of_heads}
+    assert panel.references() == {"guessing": 279 / 408, **of_heads}
     assert len(panel.trials) == 4
     assert [shown.label for shown in panel.curves] == ["LoRA"]
     assert not [row for table in tables.all_tables(made) for row in table.rows if "head" in row[0].text + row[1].text]

@@ -25,8 +25,8 @@ METRICS = {
     "pearson_spearman": "mean of Pearson and Spearman",
 }
 SPLITS = {
-    "paper": "test half of GLUE's validation set, split by the run's seed",
-    "standard": "GLUE's validation set, which also chose the checkpoint",
+    "paper": "test half of the public validation set, split by the run's seed",
+    "standard": "the public validation set, which also chose the checkpoint",
 }
 
 
@@ -132,7 +132,7 @@ def _score_cell(curve: Curve, usual: int) -> Cell:
     scores, best = statistics.known(curve.best_scores_S), curve.best
     n, mean, std = len(scores), 100 * float(scores.mean()), 100 * statistics.std(scores)
     lost = int(curve.scoreless_FS[best].sum())
-    text = f"{mean:.1f} ± {std:.2f}" if n > 1 else f"{mean:.1f}"
+    text = _signed(mean, ".1f") + (f" ± {std:.2f}" if n > 1 else "")
     text += f" (n={n})" if n != usual else ""
     text += f" ({lost} without a score)" if lost else ""
     at = {"factor": float(curve.factors_F[best]), "lr": float(curve.rates_F[best])}
@@ -188,9 +188,9 @@ def _published(tasks: list[str], models: Sequence[str]) -> Table:
     own = [row["name"] for row in facts["rows"] if row["source"].startswith("run by")]
     caption = (
         f"Published numbers for {facts['encoder']}, from {facts['source']}. Measured with another encoder or on other "
-        f"data than trials of this report ({', '.join(models)}): not comparable with those. {facts['metric']}. "
-        f"{facts['said']}. {', '.join(own)} was run by the paper's authors, the other rows are quoted there. The "
-        f"average is over the tasks shown."
+        f"data than trials of this report ({', '.join(models)}): not comparable with those. Metric: {facts['metric']}. "
+        f"Protocol: {facts['said']}. {', '.join(own)} was run by the paper's authors, the other rows are quoted there. "
+        f"The average is over the tasks shown."
     )
     columns = ["method", "parameters", "n", *map(task_name, tasks), "average"]
     title = f"Published, {facts['encoder']}: another encoder or other data"
@@ -405,7 +405,8 @@ def _doubts(curve: Curve) -> list[str]:
         said.append(f"{curve.label} has fewer trials at factor {few} than elsewhere")
     undefined = sum(math.isnan(trial.score) and not trial.diverged for trial in curve.trials.values())
     if undefined:
-        said.append(f"{undefined} trials of {curve.label} have no defined score (constant predictions)")
+        trials = "1 trial" if undefined == 1 else f"{undefined} trials"
+        said.append(f"{trials} of {curve.label} without a defined score (constant predictions): counted as guessing")
     return said
 
 
