@@ -218,7 +218,8 @@ def test_a_trial_that_diverged_at_once_counts(tmp_path):
 def test_training_the_head_alone_is_a_reference(tmp_path):
     fake_trials.write(tmp_path / "a", 0.9)
     for name, factor, score, epochs in (("b", 1, 0.7, 10), ("c", 2, 0.72, 10), ("d", 1, 0.75, 20)):
-        path = fake_trials.write(tmp_path / name, score, factor=factor, epochs=epochs) / "result.json"
+        validation = {0.7: 0.5}.get(score, 0.6)
+        path = fake_trials.write(tmp_path / name, score, validation, factor=factor, epochs=epochs) / "result.json"
         result = json.loads(path.read_text())
         result["config"]["method"]["name"] = "head"
         result["parameters"]["adapter"] = 0
@@ -227,6 +228,7 @@ def test_training_the_head_alone_is_a_reference(tmp_path):
     (panel,) = made = statistics.panels(found.trials)
     of_heads = {"head only (epochs 10)": 0.72, "head only (epochs 20)": 0.75}
     assert panel.references() == {"guessing": 279 / 408, **of_heads}
+    assert panel.references("validation") == {"guessing": 279 / 408, **{name: 0.6 for name in of_heads}}
     assert len(panel.trials) == 4
     assert [shown.label for shown in panel.curves] == ["LoRA"]
     assert not [row for table in tables.all_tables(made) for row in table.rows if "head" in row[0].text + row[1].text]
@@ -451,6 +453,17 @@ def test_latex_is_escaped(sweep):
     text.replace("‖", "").replace("′", "").encode("ascii")  # all else is LaTeX's own
 
 
+def test_a_long_table_is_cut_into_pages_of_latex():
+    made = [[tables.Cell(f"task {i // 15}"), tables.Cell(f"row {i}")] for i in range(60)]
+    table = tables.Table("long", "Long", "Said once.", ["task", "row"], made, rules=[15, 30, 45])
+    parts = tables.latex(table).split(r"\begin{table}")[1:]
+    rows = [re.findall(r"row \d+", part) for part in parts]
+    assert [len(part) for part in rows] == [30, 30]
+    assert [*itertools.chain(*rows)] == [row[1].text for row in made]
+    assert [part.count("Said once.") + part.count(r"\label") for part in parts] == [2, 0]
+    assert [part.count(r"\midrule") for part in parts] == [2, 2]  # below the head, and between two tasks
+
+
 # --- Curves
 
 
@@ -495,6 +508,12 @@ def test_pictures_are_whole(sweep):
         assert (report / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (report / f"{name}.pdf").read_bytes().rstrip().endswith(b"%%EOF")
         assert xml.etree.ElementTree.parse(report / f"{name}.svg").getroot().tag.endswith("svg")
+
+
+def test_factors_on_the_axis():
+    assert curves.labelled([0.25, 1, 4]) == [0.25, 1, 4]
+    assert curves.labelled([2.0**i for i in range(-5, 7)]) == [2.0**i for i in range(-4, 7, 2)]  # with 1
+    assert list(map(curves.factor_text, (1 / 16, 0.25, 0.3, 1, 32))) == ["1/16", "1/4", "0.3", "1", "32"]
 
 
 def test_methods_differ_without_colour():
@@ -645,6 +664,8 @@ def test_page_works_in_a_browser(sweep, tmp_path):
     assert found["views"] == ["score by factor", "score by rate", "distance by factor", "distance by rate",
                               "score over training", "distance over training", "λ over training"]  # fmt: skip
     assert found["curves"]["score by factor"] == {"lines": 4, "trials": 60, "broken": 0}
+    lost = sum(trial.diverged for trial in trials.read([sweep]).trials)
+    assert lost and found["curves"]["distance by factor"] == {"lines": 4, "trials": 60, "broken": 0}
     assert found["curves"]["score over training"] == {"lines": 4, "trials": 12, "broken": 0}
     assert found["curves"]["λ over training"]["lines"] == 1
     assert not any(view["broken"] for view in found["curves"].values())

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import math
 import re
 from collections import defaultdict
@@ -19,6 +20,7 @@ from delora.report.trials import Collection, Trial, label_order
 from delora.tasks import TASKS
 
 MISSING = "—"
+PAGE_ROWS = 40  # of a LaTeX table
 METRICS = {
     "accuracy": "accuracy",
     "matthews": "Matthews correlation",
@@ -474,21 +476,32 @@ def markdown(table: Table) -> str:
 
 
 def latex(table: Table) -> str:
-    """A table environment for the packages booktabs and graphicx."""
+    """Table environments for the packages booktabs and graphicx: one, or for many rows several that each fit a page."""
+    parts = [[0, 0]]  # the first row of each part, and the one behind its last
+    for start, end in itertools.pairwise([0, *table.rules, len(table.rows)]):
+        if parts[-1][1] and end - parts[-1][0] > PAGE_ROWS:
+            parts.append([start, end])
+        parts[-1][1] = end
+    return "\n".join(_latex_part(table, start, end) for start, end in parts)
+
+
+def _latex_part(table: Table, start: int, end: int) -> str:
     align = "".join("l" if is_text(table, i) else "r" for i in range(len(table.columns)))
+    caption = f"{table.title} (continued)." if start else f"{table.title}. {table.caption}"
     lines = [
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{_tex(table.title + '. ' + table.caption)}}}",
-        rf"\label{{tab:{table.name}}}",
+        rf"\caption{{{_tex(caption)}}}",
+        *([] if start else [rf"\label{{tab:{table.name}}}"]),
+        r"\medskip",
         r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
         rf"\begin{{tabular}}{{{align}}}",
         r"\toprule",
         " & ".join(map(_tex, table.columns)) + r" \\",
         r"\midrule",
     ]
-    for i, row in enumerate(table.rows):
-        lines += [r"\midrule"] if i in table.rules else []
+    for i, row in enumerate(table.rows[start:end], start):
+        lines += [r"\midrule"] if i in table.rules and i > start else []
         lines.append(" & ".join(_tex(cell.text) for cell in row) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}}", r"\end{table}"]) + "\n"
 
