@@ -283,7 +283,7 @@ def test_variants_are_told_apart(tmp_path):
 
 
 def test_what_is_damaged_or_foreign_is_named_and_left_out(tmp_path, capsys):
-    for name in ("good", "repeated", "cut", "foreign", "unfinished", "other-config", "no-metrics"):
+    for name in ("good", "repeated", "cut", "foreign", "unfinished", "other-config", "no-rate", "no-metrics"):
         fake_trials.write(tmp_path / name, 0.9, seed={"good": 1, "repeated": 1}.get(name, 2))
     fake_trials.write(tmp_path / "failed", None, status="failed")
     (tmp_path / "cut" / "result.json").write_text('{"schema": 1, "id"')
@@ -291,6 +291,8 @@ def test_what_is_damaged_or_foreign_is_named_and_left_out(tmp_path, capsys):
     (tmp_path / "unfinished" / "result.json").unlink()
     path = tmp_path / "other-config" / "result.json"
     path.write_text(path.read_text().replace('"epochs": 10, "batch_size"', '"epochs": "ten", "batch_size"'))
+    path = tmp_path / "no-rate" / "result.json"
+    path.write_text(path.read_text().replace('"lr": 0.0006, "seed"', '"lr": Infinity, "seed"'))
     (tmp_path / "no-metrics" / "metrics.jsonl").unlink()
     assert main([str(tmp_path), "--only", "page"]) == 0
     assert main([str(tmp_path), "--only", "table"]) == 0
@@ -302,11 +304,12 @@ def test_what_is_damaged_or_foreign_is_named_and_left_out(tmp_path, capsys):
         "unfinished": "not finished",
         "failed": "failed",
         "other-config": "config has epochs=ten",
+        "no-rate": "inf is not a learning rate",
         "no-metrics": "No such file",
         "repeated": "the same trial as",
     }.items():
         assert any(f"/{name}" in line and reason in line for line in left_out), (name, left_out)
-    assert len(left_out) == 7
+    assert len(left_out) == 8
     assert "| LoRA   |     0.074M |   1 | 90.0 |" in output.out
     assert "not a result of delora-run" in (tmp_path / "report" / "index.html").read_text()
 
