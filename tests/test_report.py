@@ -13,6 +13,7 @@ import xml.etree.ElementTree
 from pathlib import Path
 
 import fake_trials
+import matplotlib
 import numpy as np
 import pytest
 import scipy.stats
@@ -489,6 +490,19 @@ def test_curves_show_every_trial_and_the_means(sweep):
                 scores.append(result["best"]["test"]["accuracy"] if done else 279 / 408)
             expected.append(100 * np.mean(scores))
         assert line.get_ydata() == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("variant", ["", " (factor on BA)", " (zero, lambda init 4.0, epochs 100)"])
+def test_the_legend_fits_the_picture(sweep, variant):
+    made = panels(sweep)
+    for shown in made[0].curves:
+        shown.label += variant
+    with matplotlib.rc_context(curves.RC):
+        figure = curves._by_rate(made, "factor", "score")
+        figure.draw_without_rendering()
+        [legend] = figure.legends
+        box = legend.get_window_extent()
+        assert len(legend.get_texts()) == 5 and box.x0 >= 0 and box.x1 <= figure.bbox.x1
 
 
 def test_distance_of_the_chosen_layers(tmp_path):

@@ -346,7 +346,8 @@ def _finish(
 
     handles = [Line2D([], [], label=label, **style.line()) for label, style in look.items()]
     handles += [Line2D([], [], label=name, **_reference(dash)) for name, dash in references.items()]
-    rows = -(-len(handles) // max(2, int(figure.get_figwidth() / 1.35)))
+    widest = 0.75 + 0.065 * max(map(len, [*look, *references]))  # inches, at the font size of RC
+    rows = -(-len(handles) // max(1, int(figure.get_figwidth() / widest)))
     columns = -(-len(handles) // rows)
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, handlelength=3.2)
     lines = textwrap.wrap(note, int(20 * figure.get_figwidth()))
