@@ -42,15 +42,16 @@ def main() -> int:
     for word in options.words:
         if "=" not in word:
             parser.error(f"{word}: expected KEY=VALUE, as delora-run takes it")
+    given = dict(word.lstrip("+").split("=", 1) for word in options.words)
     words = {
         "experiment": ",".join(f"table4/{task}" for task in chosen),
         "seed": ",".join(map(str, published["seeds"])),
         "model": options.model,
         "output_dir": "outputs/table4",
-        "name": options.model,
+        "name": given.get("model", options.model).replace(",", "-"),
         **({"plan": "true"} if options.plan else {}),
     }
-    words |= dict(word.lstrip("+").split("=", 1) for word in options.words)
+    words |= given
     sys.argv = ["delora-run", "-m", *(f"{key}={value}" for key, value in words.items())]
     status = cli.main()
     if options.plan or status not in (0, cli.FAILED):

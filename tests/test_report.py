@@ -13,6 +13,7 @@ import xml.etree.ElementTree
 from pathlib import Path
 
 import fake_trials
+import matplotlib
 import numpy as np
 import pytest
 import scipy.stats
@@ -218,7 +219,8 @@ def test_a_trial_that_diverged_at_once_counts(tmp_path):
 def test_training_the_head_alone_is_a_reference(tmp_path):
     fake_trials.write(tmp_path / "a", 0.9)
     for name, factor, score, epochs in (("b", 1, 0.7, 10), ("c", 2, 0.72, 10), ("d", 1, 0.75, 20)):
-        path = fake_trials.write(tmp_path / name, score, factor=factor, epochs=epochs) / "result.json"
+        validation = {0.7: 0.5}.get(score, 0.6)
+        path = fake_trials.write(tmp_path / name, score, validation, factor=factor, epochs=epochs) / "result.json"
         result = json.loads(path.read_text())
         result["config"]["method"]["name"] = "head"
         result["parameters"]["adapter"] = 0
@@ -226,7 +228,8 @@ def test_training_the_head_alone_is_a_reference(tmp_path):
     found = trials.read([tmp_path])
     (panel,) = made = statistics.panels(found.trials)
     of_heads = {"head only (epochs 10)": 0.72, "head only (epochs 20)": 0.75}
-    assert panel.references == {"guessing": 279 / 408, **of_heads}
+    assert panel.references() == {"guessing": 279 / 408, **of_heads}
+    assert panel.references("validation") == {"guessing": 279 / 408, **{name: 0.6 for name in of_heads}}
     assert len(panel.trials) == 4
     assert [shown.label for shown in panel.curves] == ["LoRA"]
     assert not [row for table in tables.all_tables(made) for row in table.rows if "head" in row[0].text + row[1].text]
@@ -281,7 +284,7 @@ def test_variants_are_told_apart(tmp_path):
 
 
 def test_what_is_damaged_or_foreign_is_named_and_left_out(tmp_path, capsys):
-    for name in ("good", "repeated", "cut", "foreign", "unfinished", "other-config", "no-metrics"):
+    for name in ("good", "repeated", "cut", "foreign", "unfinished", "other-config", "no-rate", "no-metrics"):
         fake_trials.write(tmp_path / name, 0.9, seed={"good": 1, "repeated": 1}.get(name, 2))
     fake_trials.write(tmp_path / "failed", None, status="failed")
     (tmp_path / "cut" / "result.json").write_text('{"schema": 1, "id"')
@@ -289,6 +292,8 @@ def test_what_is_damaged_or_foreign_is_named_and_left_out(tmp_path, capsys):
     (tmp_path / "unfinished" / "result.json").unlink()
     path = tmp_path / "other-config" / "result.json"
     path.write_text(path.read_text().replace('"epochs": 10, "batch_size"', '"epochs": "ten", "batch_size"'))
+    path = tmp_path / "no-rate" / "result.json"
+    path.write_text(path.read_text().replace('"lr": 0.0006, "seed"', '"lr": Infinity, "seed"'))
     (tmp_path / "no-metrics" / "metrics.jsonl").unlink()
     assert main([str(tmp_path), "--only", "page"]) == 0
     assert main([str(tmp_path), "--only", "table"]) == 0
@@ -300,11 +305,12 @@ def test_what_is_damaged_or_foreign_is_named_and_left_out(tmp_path, capsys):
         "unfinished": "not finished",
         "failed": "failed",
         "other-config": "config has epochs=ten",
+        "no-rate": "inf is not a learning rate",
         "no-metrics": "No such file",
         "repeated": "the same trial as",
     }.items():
         assert any(f"/{name}" in line and reason in line for line in left_out), (name, left_out)
-    assert len(left_out) == 7
+    assert len(left_out) == 8
     assert "| LoRA   |     0.074M |   1 | 90.0 |" in output.out
     assert "not a result of delora-run" in (tmp_path / "report" / "index.html").read_text()
 
@@ -451,6 +457,17 @@ def test_latex_is_escaped(sweep):
     text.replace("‖", "").replace("′", "").encode("ascii")  # all else is LaTeX's own
 
 
+def test_a_long_table_is_cut_into_pages_of_latex():
+    made = [[tables.Cell(f"task {i // 15}"), tables.Cell(f"row {i}")] for i in range(60)]
+    table = tables.Table("long", "Long", "Said once.", ["task", "row"], made, rules=[15, 30, 45])
+    parts = tables.latex(table).split(r"\begin{table}")[1:]
+    rows = [re.findall(r"row \d+", part) for part in parts]
+    assert [len(part) for part in rows] == [30, 30]
+    assert [*itertools.chain(*rows)] == [row[1].text for row in made]
+    assert [part.count("Said once.") + part.count(r"\label") for part in parts] == [2, 0]
+    assert [part.count(r"\midrule") for part in parts] == [2, 2]  # below the head, and between two tasks
+
+
 # --- Curves
 
 
@@ -475,6 +492,19 @@ def test_curves_show_every_trial_and_the_means(sweep):
         assert line.get_ydata() == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("variant", ["", " (factor on BA)", " (zero, lambda init 4.0, epochs 100)"])
+def test_the_legend_fits_the_picture(sweep, variant):
+    made = panels(sweep)
+    for shown in made[0].curves:
+        shown.label += variant
+    with matplotlib.rc_context(curves.RC):
+        figure = curves._by_rate(made, "factor", "score")
+        figure.draw_without_rendering()
+        [legend] = figure.legends
+        box = legend.get_window_extent()
+        assert len(legend.get_texts()) == 5 and box.x0 >= 0 and box.x1 <= figure.bbox.x1
+
+
 def test_distance_of_the_chosen_layers(tmp_path):
     fake_trials.write(tmp_path / "a", 0.8, factor=1, distance=2.0)
     fake_trials.write(tmp_path / "b", 0.8, factor=2, distance=3.0)
@@ -495,6 +525,12 @@ def test_pictures_are_whole(sweep):
         assert (report / f"{name}.png").read_bytes().startswith(b"\x89PNG")
         assert (report / f"{name}.pdf").read_bytes().rstrip().endswith(b"%%EOF")
         assert xml.etree.ElementTree.parse(report / f"{name}.svg").getroot().tag.endswith("svg")
+
+
+def test_factors_on_the_axis():
+    assert curves.labelled([0.25, 1, 4]) == [0.25, 1, 4]
+    assert curves.labelled([2.0**i for i in range(-5, 7)]) == [2.0**i for i in range(-4, 7, 2)]  # with 1
+    assert list(map(curves.factor_text, (1 / 16, 0.25, 0.3, 1, 32))) == ["1/16", "1/4", "0.3", "1", "32"]
 
 
 def test_methods_differ_without_colour():
@@ -645,6 +681,8 @@ def test_page_works_in_a_browser(sweep, tmp_path):
     assert found["views"] == ["score by factor", "score by rate", "distance by factor", "distance by rate",
                               "score over training", "distance over training", "λ over training"]  # fmt: skip
     assert found["curves"]["score by factor"] == {"lines": 4, "trials": 60, "broken": 0}
+    lost = sum(trial.diverged for trial in trials.read([sweep]).trials)
+    assert lost and found["curves"]["distance by factor"] == {"lines": 4, "trials": 60, "broken": 0}
     assert found["curves"]["score over training"] == {"lines": 4, "trials": 12, "broken": 0}
     assert found["curves"]["λ over training"]["lines"] == 1
     assert not any(view["broken"] for view in found["curves"].values())

@@ -89,6 +89,12 @@ OTHERS = [
 ]
 
 
+def reference_styles(panels: Iterable[Panel]) -> dict[str, tuple[float, ...]]:
+    """The dash of each reference, in grey."""
+    names = dict.fromkeys(name for panel in panels for name in panel.references())
+    return dict(zip(names, itertools.cycle([(4, 3), (1, 1.5), (8, 2, 1, 2)]), strict=False))
+
+
 def styles(labels: Iterable[str]) -> dict[str, Style]:
     """A style for each label, in the order of methods: the usual methods always have the same one."""
     others = itertools.cycle(OTHERS)
@@ -106,6 +112,18 @@ def at_rates(curve: Curve, quantity: str) -> np.ndarray:
     for place, trial in curve.trials.items():
         values_FS[place] = trial.distance or math.nan
     return values_FS
+
+
+def lost(curve: Curve, quantity: str) -> np.ndarray:
+    """Which trials are drawn as lost, (F, S): those without a score, or that diverged before a final distance."""
+    return curve.scoreless_FS if quantity == "score" else curve.diverged_FS
+
+
+def spread(x_F: np.ndarray, curve: Curve, place: int, curves: int) -> np.ndarray:
+    """Where trials are drawn, (F, S): a little apart by seed, and by the place of their curve among all curves."""
+    step = min([math.log(2), *np.diff(np.log(x_F))])
+    share_S = (np.arange(len(curve.seeds)) + 0.5) / len(curve.seeds)
+    return x_F[:, None] * np.exp(step * 0.55 * ((place + share_S) / curves - 0.5))
 
 
 def over_training(curve: Curve, factor: int, quantity: str, floor: float) -> tuple[np.ndarray, np.ndarray]:
@@ -154,6 +172,8 @@ def draw(
     files = []
     with matplotlib.rc_context(RC):
         for name, figure in _pictures(panels, layer, factor):
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")  # the layout is found once for all formats
             for kind in formats:
                 files.append(folder / f"{name}.{kind}")
                 figure.savefig(files[-1], metadata=METADATA[kind])
@@ -188,12 +208,13 @@ def y_label(panel: Panel, quantity: str, x: str, layer: str | None) -> str:
 def _by_rate(panels: Sequence[Panel], x: str, quantity: str, layer: str | None = None) -> "Figure":
     """Score or distance against the rate or its factor, a panel for each task."""
     figure, axes, look = _figure(panels)
+    references = reference_styles(panels) if quantity == "score" else {}
     for axis, panel in zip(axes, panels, strict=True):
         for place, curve in enumerate(panel.curves):
             x_F, values_FS = getattr(curve, f"{x}s_F"), at_rates(curve, quantity)
-            style, x_FS = look[curve.label], _spread(x_F, curve, place, panel)
+            style, x_FS = look[curve.label], spread(x_F, curve, place, len(panel.curves))
             _draw_band(axis, style, x_F, values_FS)
-            lost_FS = curve.scoreless_FS if quantity == "score" else curve.diverged_FS
+            lost_FS = lost(curve, quantity)
             points: dict[str, Any] = {"s": 6, "marker": style.marker, "alpha": 0.35, "linewidths": 0, "zorder": 2}
             shown_FS = ~lost_FS & ~np.isnan(values_FS)
             axis.scatter(x_FS[shown_FS], values_FS[shown_FS], color=style.color, **points)
@@ -205,13 +226,13 @@ def _by_rate(panels: Sequence[Panel], x: str, quantity: str, layer: str | None =
         _rate_axis(axis, panel, x)
         axis.set_ylabel(y_label(panel, quantity, x, layer))
         if quantity == "score":
-            _reference_lines(axis, panel)
+            _reference_lines(axis, panel.references(), references)
         else:
             _log_distance_axis(axis)
-    lost = "×: diverged or no defined score, counted as guessing."
+    crosses = "×: diverged or no defined score, counted as guessing."
     if quantity == "distance":
-        lost = "× at the top: diverged, without a distance. At the end of training."
-    return _finish(figure, look, X_LABELS[x], f"{LINES} Points: single trials. {lost}")
+        crosses = "× at the top: diverged, without a distance. At the end of training."
+    return _finish(figure, look, references, X_LABELS[x], f"{LINES} Points: single trials. {crosses}")
 
 
 def _over_training(panels: Sequence[Panel], layer: str | None, factor: float | None) -> "Figure":
@@ -228,6 +249,7 @@ def _over_training(panels: Sequence[Panel], layer: str | None, factor: float | N
     measured = {quantity for (quantity, _), shown in drawn.items() for *_, v_ES in shown if not np.isnan(v_ES).all()}
     drawn = {place: shown for place, shown in drawn.items() if place[0] in measured}
     figure, axes, look = _figure(panels, len(measured))
+    references = reference_styles(panels) if "score" in measured else {}
     for axis, ((quantity, p), shown) in zip(axes, drawn.items(), strict=True):
         for curve, at, steps_E, values_ES in shown:
             style = look[curve.label]
@@ -241,19 +263,19 @@ def _over_training(panels: Sequence[Panel], layer: str | None, factor: float | N
                 axis.scatter([end.step for end in ends], scores, color=style.color, **LOST)
         axis.set_ylabel(y_label(panels[p], quantity, "step", layer))
         if quantity == "score":
-            _reference_lines(axis, panels[p])
+            _reference_lines(axis, panels[p].references("validation"), references)
         axis.set_xlim(left=0)
     chosen = f"at {factor_text(factor)} times the base rate" if factor is not None else "at each method's best rate"
     note = f"Trials {chosen}. {LINES} Thin: single trials. ×: diverged; score counted as guessing from there on."
-    return _finish(figure, look, X_LABELS["step"], note)
+    return _finish(figure, look, references, X_LABELS["step"], note)
 
 
 def _figure(panels: Sequence[Panel], rows: int = 1) -> tuple["Figure", list["Axes"], dict[str, Style]]:
-    """A figure with titled axes by rows: a column for each panel, or if `rows` is 1 up to four columns."""
+    """A figure with titled axes by rows: a column for each panel, or if `rows` is 1 up to four even columns."""
     from matplotlib.figure import Figure
 
-    columns = len(panels) if rows > 1 else min(len(panels), 4)
-    lines = max(rows, -(-len(panels) // columns))
+    lines = rows if rows > 1 else -(-len(panels) // 4)
+    columns = len(panels) if rows > 1 else -(-len(panels) // lines)
     single = columns * lines == 1
     size = (5.6, 3.7) if single else (max(5.6, 2.9 * columns + 0.3), 2.5 * lines + 0.9)
     figure = Figure(figsize=size, layout="constrained")
@@ -263,13 +285,6 @@ def _figure(panels: Sequence[Panel], rows: int = 1) -> tuple["Figure", list["Axe
     return figure, axes, styles(curve.label for panel in panels for curve in panel.curves)
 
 
-def _spread(x_F: np.ndarray, curve: Curve, place: int, panel: Panel) -> np.ndarray:
-    """Where trials are drawn, (F, S): a little apart by method and seed."""
-    step = min([math.log(2), *np.diff(np.log(x_F))])
-    share_S = (np.arange(len(curve.seeds)) + 0.5) / len(curve.seeds)
-    return x_F[:, None] * np.exp(step * 0.55 * ((place + share_S) / len(panel.curves) - 0.5))
-
-
 def _draw_band(axis: "Axes", style: Style, x_F: np.ndarray, values_FS: np.ndarray, **line: Any) -> None:
     """Mean and interval over the seeds."""
     mean_F, low_F, high_F = statistics.band(values_FS)
@@ -277,11 +292,13 @@ def _draw_band(axis: "Axes", style: Style, x_F: np.ndarray, values_FS: np.ndarra
     axis.plot(x_F, mean_F, **style.line(), **line, zorder=3)
 
 
-def _reference_lines(axis: "Axes", panel: Panel) -> None:
-    for (name, value), dash in zip(panel.references.items(), itertools.cycle([(4, 3), (1, 1.5)]), strict=False):
-        axis.axhline(100 * value, color="#777", linewidth=0.8, linestyle=(0, dash), zorder=0)
-        place: dict[str, Any] = {"xycoords": ("axes fraction", "data"), "textcoords": "offset points"}
-        axis.annotate(name, (0.01, 100 * value), (0, 1.5), **place, color="#666", fontsize=7, va="bottom")
+def _reference_lines(axis: "Axes", scores: dict[str, float], dashes: dict[str, tuple[float, ...]]) -> None:
+    for name, value in scores.items():
+        axis.axhline(100 * value, **_reference(dashes[name]), zorder=0)
+
+
+def _reference(dash: tuple[float, ...]) -> dict[str, Any]:
+    return {"color": "#777", "linewidth": 0.9, "linestyle": (0, dash)}
 
 
 def _rate_axis(axis: "Axes", panel: Panel, x: str) -> None:
@@ -293,8 +310,7 @@ def _rate_axis(axis: "Axes", panel: Panel, x: str) -> None:
         axis.xaxis.set_major_locator(LogLocator(numticks=8))
         axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
         return
-    factors = sorted({float(factor) for curve in panel.curves for factor in curve.factors_F})
-    axis.xaxis.set_major_locator(FixedLocator(factors[:: -(-len(factors) // 10)]))
+    axis.xaxis.set_major_locator(FixedLocator(labelled(panel.factors)))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: factor_text(value)))
     axis.axvline(1, color="#ccc", linewidth=0.7, zorder=0)
 
@@ -309,6 +325,13 @@ def _log_distance_axis(axis: "Axes") -> None:
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
 
 
+def labelled(factors: Sequence[float]) -> list[float]:
+    """The ascending factors that an axis has room to label: at most ten, evenly apart, among them the one nearest 1."""
+    every = -(-len(factors) // 10)
+    nearest = min(range(len(factors)), key=lambda i: abs(math.log(factors[i])))
+    return list(factors[nearest % every :: every])
+
+
 def factor_text(factor: float) -> str:
     """4, or ¼ as 1/4."""
     if factor < 1 and abs(1 / factor - round(1 / factor)) < 1e-4:
@@ -316,11 +339,16 @@ def factor_text(factor: float) -> str:
     return number(factor)
 
 
-def _finish(figure: "Figure", look: dict[str, Style], x_label: str, note: str) -> "Figure":
+def _finish(
+    figure: "Figure", look: dict[str, Style], references: dict[str, tuple[float, ...]], x_label: str, note: str
+) -> "Figure":
     from matplotlib.lines import Line2D
 
     handles = [Line2D([], [], label=label, **style.line()) for label, style in look.items()]
-    columns = min(len(handles), max(2, int(figure.get_figwidth() / 1.35)))
+    handles += [Line2D([], [], label=name, **_reference(dash)) for name, dash in references.items()]
+    widest = 0.75 + 0.065 * max(map(len, [*look, *references]))  # inches, at the font size of RC
+    rows = -(-len(handles) // max(1, int(figure.get_figwidth() / widest)))
+    columns = -(-len(handles) // rows)
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, handlelength=3.2)
     lines = textwrap.wrap(note, int(20 * figure.get_figwidth()))
     figure.supxlabel(x_label + "\n" * len(lines), fontsize=8.5)  # keeps room for the note

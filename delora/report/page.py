@@ -41,6 +41,9 @@ def write(
     own = [key for key in keys if key not in shared]
     look = curves.styles(curve.label for panel in panels for curve in panel.curves)
     data = {
+        "references": {
+            name: " ".join(str(1.5 * d) for d in dash) for name, dash in curves.reference_styles(panels).items()
+        },
         "styles": {label: [s.color, s.marker, " ".join(str(1.5 * d) for d in s.dash)] for label, s in look.items()},
         "views": _views(panels, {id(trial): i for i, trial in enumerate(trials)}, layer, factor),
         "links": links,
@@ -49,7 +52,7 @@ def write(
         "trials": [[fact.get(key) for key in own] for fact in facts],
     }
     parts = {
-        "TITLE": html.escape(", ".join(dict.fromkeys(f"{task_name(p.task)} ({p.model})" for p in panels))),
+        "TITLE": html.escape(_title(panels)),
         "NOTES": "".join(f"<li>{html.escape(note)}</li>" for note in notes),
         "TABLES": "".join(_table(table) for table in tables),
         "TRIALS": _table(_trials(trials), links),
@@ -60,6 +63,14 @@ def write(
     filled = head + "".join(parts[name] + text for name, _, text in (piece.partition("-->") for piece in rest))
     path.write_text(filled, encoding="utf-8")
     return path
+
+
+def _title(panels: Sequence[Panel]) -> str:
+    """The tasks of each encoder."""
+    tasks: dict[str, dict[str, None]] = {}
+    for panel in panels:
+        tasks.setdefault(panel.model, {})[task_name(panel.task)] = None
+    return "; ".join(f"{', '.join(names)}: {model}" for model, names in tasks.items())
 
 
 # --- Curves: each view draws a chart for each panel, with a series for each method
@@ -74,9 +85,12 @@ def _views(panels: Sequence[Panel], index: dict[int, int], layer: str | None, fa
             {
                 "title": title,
                 "y": curves.y_label(panel, quantity, x, layer),
-                "references": [[name, _short(100 * score)] for name, score in panel.references.items()]
-                if quantity == "score"
-                else [],
+                "ticks": curves.labelled(panel.factors) if x == "factor" else None,
+                "references": [
+                    [name, _short(100 * score)]
+                    for name, score in panel.references("validation" if x == "step" else None).items()
+                    if quantity == "score"
+                ],
                 "series": _over_training(panel, quantity, index, factor)
                 if x == "step"
                 else _by_rate(panel, quantity, index, x),
@@ -86,7 +100,6 @@ def _views(panels: Sequence[Panel], index: dict[int, int], layer: str | None, fa
         view = {
             "name": f"{quantity.replace('strength', 'λ')} {'over training' if x == 'step' else f'by {x}'}",
             "x": curves.X_LABELS[x],
-            "byFactor": x == "factor",
             "logX": x != "step",
             "logY": quantity == "distance" and x != "step",
             "charts": charts,
@@ -98,13 +111,14 @@ def _views(panels: Sequence[Panel], index: dict[int, int], layer: str | None, fa
 
 def _by_rate(panel: Panel, quantity: str, index: dict[int, int], x: str) -> list[dict]:
     made = []
-    for curve in panel.curves:
+    for place, curve in enumerate(panel.curves):
         x_F, values_FS = getattr(curve, f"{x}s_F"), curves.at_rates(curve, quantity)
-        lost_FS = curve.scoreless_FS & (quantity == "score")
+        lost_FS = curves.lost(curve, quantity)
+        x_FS = curves.spread(x_F, curve, place, len(panel.curves))
         points = [
-            [_short(x_F[f]), _short(values_FS[f, s]), index[id(trial)], int(lost_FS[f, s])]
+            [_short(x_FS[f, s]), _short(values_FS[f, s]), index[id(trial)], int(lost_FS[f, s])]
             for (f, s), trial in curve.trials.items()
-            if not math.isnan(values_FS[f, s])
+            if lost_FS[f, s] or not math.isnan(values_FS[f, s])
         ]
         made.append({"label": curve.label, "line": _line(x_F, values_FS), "points": points, "paths": []})
     return made
@@ -143,8 +157,11 @@ def _short(value: float) -> float | None:
 
 def _table(table: Table, links: Sequence[str] | None = None) -> str:
     """A table as HTML; with links, its rows are trials, and the last cell links to their folders."""
-    heads = "".join(f"<th><button>{html.escape(column)}</button></th>" for column in table.columns)
     numeric = [not is_text(table, i) for i in range(len(table.columns))]
+    heads = "".join(
+        f"<th{' class=r' if right else ''}><button>{html.escape(column)}</button></th>"
+        for column, right in zip(table.columns, numeric, strict=True)
+    )
     rows = []
     for place, row in enumerate(table.rows):
         cells = "".join(_td(cell, right) for cell, right in zip(row, numeric, strict=True))

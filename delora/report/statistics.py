@@ -120,9 +120,14 @@ class Panel:
         return [trial for curve in (*self.curves, *self.heads) for _, trial in sorted(curve.trials.items())]
 
     @property
-    def references(self) -> dict[str, float]:
-        """Scores to compare with: of guessing, and of the head alone at its best rate."""
-        return {"guessing": self.floor, **{c.label: float(np.nanmean(c.best_scores_S)) for c in self.heads}}
+    def factors(self) -> list[float]:
+        """Of all curves, ascending."""
+        return sorted({float(factor) for curve in self.curves for factor in curve.factors_F})
+
+    def references(self, split: str | None = None) -> dict[str, float]:
+        """Scores to compare with, on the panel's split or on validation: guessing, and the head at its best rate."""
+        of_heads = {c.label: (c.validation_FS if split == "validation" else c.score_FS)[c.best] for c in self.heads}
+        return {"guessing": self.floor, **{label: float(np.nanmean(score_S)) for label, score_S in of_heads.items()}}
 
 
 @functools.cache

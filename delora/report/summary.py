@@ -46,6 +46,6 @@ def _charts(panels: Sequence[Panel]) -> Iterator[dict[str, Any]]:
                 continue
             if quantity == "score":
                 ends = [min(min(x) for x, _ in lines.values()), max(max(x) for x, _ in lines.values())]
-                lines |= {name: [ends, [100 * value] * 2] for name, value in panel.references.items()}
+                lines |= {name: [ends, [100 * value] * 2] for name, value in panel.references().items()}
             y = curves.y_label(panel, quantity, "factor", None)
             yield {"name": f"{quantity} by factor, {title}", "title": f"{title}: {y}", "x": X, "lines": lines}

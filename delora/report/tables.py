@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import math
 import re
 from collections import defaultdict
@@ -19,14 +20,15 @@ from delora.report.trials import Collection, Trial, label_order
 from delora.tasks import TASKS
 
 MISSING = "—"
+PAGE_ROWS = 40  # of a LaTeX table
 METRICS = {
     "accuracy": "accuracy",
     "matthews": "Matthews correlation",
     "pearson_spearman": "mean of Pearson and Spearman",
 }
 SPLITS = {
-    "paper": "test half of GLUE's validation set, split by the run's seed",
-    "standard": "GLUE's validation set, which also chose the checkpoint",
+    "paper": "test half of the public validation set, split by the run's seed",
+    "standard": "the public validation set, which also chose the checkpoint",
 }
 
 
@@ -132,7 +134,7 @@ def _score_cell(curve: Curve, usual: int) -> Cell:
     scores, best = statistics.known(curve.best_scores_S), curve.best
     n, mean, std = len(scores), 100 * float(scores.mean()), 100 * statistics.std(scores)
     lost = int(curve.scoreless_FS[best].sum())
-    text = f"{mean:.1f} ± {std:.2f}" if n > 1 else f"{mean:.1f}"
+    text = _signed(mean, ".1f") + (f" ± {std:.2f}" if n > 1 else "")
     text += f" (n={n})" if n != usual else ""
     text += f" ({lost} without a score)" if lost else ""
     at = {"factor": float(curve.factors_F[best]), "lr": float(curve.rates_F[best])}
@@ -188,9 +190,9 @@ def _published(tasks: list[str], models: Sequence[str]) -> Table:
     own = [row["name"] for row in facts["rows"] if row["source"].startswith("run by")]
     caption = (
         f"Published numbers for {facts['encoder']}, from {facts['source']}. Measured with another encoder or on other "
-        f"data than trials of this report ({', '.join(models)}): not comparable with those. {facts['metric']}. "
-        f"{facts['said']}. {', '.join(own)} was run by the paper's authors, the other rows are quoted there. The "
-        f"average is over the tasks shown."
+        f"data than trials of this report ({', '.join(models)}): not comparable with those. Metric: {facts['metric']}. "
+        f"Protocol: {facts['said']}. {', '.join(own)} was run by the paper's authors, the other rows are quoted there. "
+        f"The average is over the tasks shown."
     )
     columns = ["method", "parameters", "n", *map(task_name, tasks), "average"]
     title = f"Published, {facts['encoder']}: another encoder or other data"
@@ -405,7 +407,8 @@ def _doubts(curve: Curve) -> list[str]:
         said.append(f"{curve.label} has fewer trials at factor {few} than elsewhere")
     undefined = sum(math.isnan(trial.score) and not trial.diverged for trial in curve.trials.values())
     if undefined:
-        said.append(f"{undefined} trials of {curve.label} have no defined score (constant predictions)")
+        trials = "1 trial" if undefined == 1 else f"{undefined} trials"
+        said.append(f"{trials} of {curve.label} without a defined score (constant predictions): counted as guessing")
     return said
 
 
@@ -473,21 +476,32 @@ def markdown(table: Table) -> str:
 
 
 def latex(table: Table) -> str:
-    """A table environment for the packages booktabs and graphicx."""
+    """Table environments for the packages booktabs and graphicx: one, or for many rows several that each fit a page."""
+    parts = [[0, 0]]  # the first row of each part, and the one behind its last
+    for start, end in itertools.pairwise([0, *table.rules, len(table.rows)]):
+        if parts[-1][1] and end - parts[-1][0] > PAGE_ROWS:
+            parts.append([start, end])
+        parts[-1][1] = end
+    return "\n".join(_latex_part(table, start, end) for start, end in parts)
+
+
+def _latex_part(table: Table, start: int, end: int) -> str:
     align = "".join("l" if is_text(table, i) else "r" for i in range(len(table.columns)))
+    caption = f"{table.title} (continued)." if start else f"{table.title}. {table.caption}"
     lines = [
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{_tex(table.title + '. ' + table.caption)}}}",
-        rf"\label{{tab:{table.name}}}",
+        rf"\caption{{{_tex(caption)}}}",
+        *([] if start else [rf"\label{{tab:{table.name}}}"]),
+        r"\medskip",
         r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
         rf"\begin{{tabular}}{{{align}}}",
         r"\toprule",
         " & ".join(map(_tex, table.columns)) + r" \\",
         r"\midrule",
     ]
-    for i, row in enumerate(table.rows):
-        lines += [r"\midrule"] if i in table.rules else []
+    for i, row in enumerate(table.rows[start:end], start):
+        lines += [r"\midrule"] if i in table.rules and i > start else []
         lines.append(" & ".join(_tex(cell.text) for cell in row) + r" \\")
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}}", r"\end{table}"]) + "\n"
 

@@ -194,13 +194,13 @@ def _get(config: Mapping[str, Any], key: str, kind: type) -> Any:
 
 
 def _number(value: float | None) -> float:
-    """A number of a result; null stands for one that is not finite."""
-    return math.nan if value is None else float(value)
+    """A number of a result; NaN for one that is not finite, for which delora-run writes null."""
+    return math.nan if value is None or not math.isfinite(value) else float(value)
 
 
 def _round(rate: float) -> float:
     """To six digits: the same factor is the same number, however it was computed."""
-    if not rate > 0:
+    if not 0 < rate < math.inf:
         raise ValueError(f"{rate} is not a learning rate")
     return float(f"{rate:.6g}")
 
