@@ -139,8 +139,8 @@ def collect(output: Path) -> None:
         drawn = drawn_over_training(sweep)
         for stored in results.find(OUTPUTS / sweep).trials:
             evaluations, result = list(stored.evaluations()), results.flatten(stored.result)
-            last = results.flatten({kind: evaluations[-1][kind] for kind in LAST}) if evaluations else {}
-            lines.append({"sweep_folder": sweep, "sha256": digest(stored.result), **result, **last})
+            last = {kind: evaluations[-1][kind] for kind in LAST if evaluations and evaluations[-1][kind]}
+            lines.append({"sweep_folder": sweep, "sha256": digest(stored.result), **result, **results.flatten(last)})
             if stored.result["id"] in drawn:
                 histories += [history_line(sweep, stored.result, evaluation) for evaluation in evaluations]
     output.mkdir(parents=True, exist_ok=True)
