@@ -13,11 +13,13 @@ from typing import Any
 
 from delora import cli, results
 from delora.config import expected, look_up
+from delora.errors import UserError
 from delora.report import curves, statistics, tables, trials
 
 DESCRIPTION = """Trains the study's trials as fleets, each sweep in outputs/study/NAME, then writes docs/study:
 trials.csv with a line a trial, training.csv with scores over training, and pictures and tables made from these alone.
-The same command again trains only what is missing; several processes may run it at once and share the work."""
+The same command again trains only what neither outputs/study nor docs/study holds; several processes may run it at once
+and share the work."""
 EXAMPLES = """examples:
   scripts/study --plan data.dir=FOLDER              trials, memory and time; trains nothing
   scripts/study data.dir=FOLDER                     everything, then the report
@@ -66,6 +68,11 @@ def main() -> int:
         if name not in sweeps:
             parser.error(f"--sweeps {name}: {expected(name, sweeps)}")
     if not (options.collect or options.report):
+        if (
+            options.output / "trials.csv"
+        ).exists() and not options.plan:  # of another machine: nothing is trained twice
+            for name, result, evaluations in restore(options.output):
+                write_trial(OUTPUTS / name / result["id"], result, evaluations)
         for name in options.sweeps.split(","):
             for words in sweeps[name]:
                 status = run(name, words, options)
@@ -131,27 +138,17 @@ def beyond_the_edges() -> list[str]:
 
 
 def collect(output: Path) -> None:
-    """Writes trials.csv, and training.csv for the trials that are drawn over training."""
+    """Writes trials.csv, and training.csv with every evaluation."""
     lines, histories = [], []
     for sweep in planned():
-        if not (OUTPUTS / sweep).is_dir():
-            continue
-        drawn = drawn_over_training(sweep)
         for stored in results.find(OUTPUTS / sweep).trials:
             evaluations, result = list(stored.evaluations()), results.flatten(stored.result)
             last = {kind: evaluations[-1][kind] for kind in LAST if evaluations and evaluations[-1][kind]}
             lines.append({"sweep_folder": sweep, "sha256": digest(stored.result), **result, **results.flatten(last)})
-            if stored.result["id"] in drawn:
-                histories += [history_line(sweep, stored.result, evaluation) for evaluation in evaluations]
+            histories += [history_line(sweep, stored.result, evaluation) for evaluation in evaluations]
     output.mkdir(parents=True, exist_ok=True)
     write_csv(output / "trials.csv", lines)
     write_csv(output / "training.csv", histories)
-
-
-def drawn_over_training(sweep: str) -> set[str]:
-    """The ids of the trials whose scores over training are kept: those at the best rate of each method."""
-    panels = statistics.panels(trials.read([OUTPUTS / sweep]).trials)
-    return {t.result["id"] for panel in panels for curve in panel.curves for t in curve.trials_at(curve.best)}
 
 
 def history_line(sweep: str, result: results.Result, evaluation: Any) -> dict[str, Any]:
@@ -178,57 +175,58 @@ def digest(result: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(result, sort_keys=True).encode()).hexdigest()
 
 
-def restore(source: Path, root: Path) -> None:
-    """Writes the folders of the trials of each report, root/REPORT/ID, as far as reports read them.
+def restore(source: Path) -> Iterator[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
+    """Sweep, result and evaluations of each trial in trials.csv and training.csv.
+
+    Distance and λ are by layer in the last evaluation, before it as means.
 
     Raises:
-        ValueError: a line of trials.csv was changed: it has another hash than the result that it came from.
+        UserError: a line of trials.csv was changed: it has another hash than the result that it came from.
     """
     histories = defaultdict(list)
     for line in read_csv(source / "training.csv"):
-        histories[line["sweep_folder"], line["id"]].append(line)
+        means = {kind: {"mean": line[kind]} if line[kind] is not None else {} for kind in LAST}
+        histories[line.pop("sweep_folder"), line.pop("id")].append({**line, **means})
     for number, line in enumerate(read_csv(source / "trials.csv"), start=2):
         sweep, sha256 = line.pop("sweep_folder"), line.pop("sha256")
-        last = {kind: {} for kind in LAST}
-        result: dict[str, Any] = {}
-        for key, value in line.items():
-            kind, _, layer = key.partition(".")
-            if kind in LAST:
-                last[kind][layer] = value
-                continue
-            *parts, name = key.split(".")
-            place = result
-            for part in parts:
-                place = place.setdefault(part, {})
-            place[name] = value
+        result = nested((key, value) for key, value in line.items() if key.partition(".")[0] not in LAST)
         if digest(result) != sha256:
-            raise ValueError(f"{source / 'trials.csv'}, line {number}: not the result that it came from")
-        history = histories.get((sweep, result["id"]), [])[:-1]
-        evaluations = [{**h, **{kind: {"mean": h[kind]} for kind in LAST if h[kind] is not None}} for h in history]
-        if result["last"] and last["distance"]:
-            scores = result["last"]["validation"]
-            place = {key: result["last"][key] for key in ("epoch", "step")}
-            evaluations.append({**place, **last, "loss": scores["loss"], "score": scores[result["headline"]]})
-        for report_name in REPORTS:
-            if belongs(sweep, result["config"], report_name):
-                write_trial(root / report_name / result["id"], result, evaluations)
+            raise UserError(f"{source / 'trials.csv'}, line {number}: not the result that it came from")
+        evaluations = histories[sweep, result["id"]]
+        for kind in LAST:
+            layers = {key.removeprefix(f"{kind}."): value for key, value in line.items() if key.startswith(f"{kind}.")}
+            if layers:
+                evaluations[-1][kind] = layers
+        yield sweep, result, evaluations
+
+
+def nested(flat: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """What `results.flatten` made flat."""
+    made: dict[str, Any] = {}
+    for key, value in flat:
+        *parts, name = key.split(".")
+        place = made
+        for part in parts:
+            place = place.setdefault(part, {})
+        place[name] = value
+    return made
 
 
 def belongs(sweep: str, config: Mapping[str, Any], report_name: str) -> bool:
     wanted = REPORTS[report_name]
-    besides = sweep == "robust" and bool(wanted)
-    return sweep == report_name or (besides and all(look_up(config, key) == value for key, value in wanted.items()))
+    fits = bool(wanted) and all(look_up(config, key) == value for key, value in wanted.items())
+    return sweep == report_name or (sweep == "robust" and fits)
 
 
 def write_trial(folder: Path, result: Mapping[str, Any], evaluations: Sequence[Mapping[str, Any]]) -> None:
-    lines = [
-        {"kind": "evaluation", "distance": {}, "lambda": {}, **e, "metrics": {result["headline"]: e["score"]}}
-        for e in evaluations
-    ]
-    folder.mkdir(parents=True, exist_ok=True)  # a trial of two sweeps is the same
-    (folder / results.RESULT).write_text(json.dumps(result))
+    """A trial's folder, as far as reports and sweeps that go on read it; one that exists stays as it is."""
+    if folder.exists():
+        return
+    lines = [{**e, "kind": "evaluation", "metrics": {result["headline"]: e["score"]}} for e in evaluations]
+    folder.mkdir(parents=True)
     (folder / results.CONFIG).write_text(json.dumps(result["config"]))
     (folder / results.METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / results.RESULT).write_text(json.dumps(result))
 
 
 def write_csv(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
@@ -265,7 +263,10 @@ def read_csv(path: Path) -> Iterator[dict[str, Any]]:
 def report(folder: Path) -> None:
     """Draws pictures and tables of each report into folder/REPORT, from the CSV files in `folder`."""
     with tempfile.TemporaryDirectory() as root:
-        restore(folder, Path(root))
+        for sweep, result, evaluations in restore(folder):
+            for name in REPORTS:
+                if belongs(sweep, result["config"], name):
+                    write_trial(Path(root, name, result["id"]), result, evaluations)
         for name in REPORTS:
             if not Path(root, name).is_dir():
                 continue
