@@ -26,6 +26,7 @@ from hydra_plugins.delora_fleet import FleetLauncher
 GRID = ["method=delora,lora", "lr_factor=0.5,2", "seed=1,2", "name=s", "-m"]
 WANDB = ["logger=wandb", "logger.mode=offline"]
 QUICK = ["epochs=4", "log_every=1", "fleet.checkpoint_seconds=0"]  # a checkpoint after every step
+WRITES = 60  # of a sweep of GRID and QUICK, about, as they are seen from outside
 
 
 def scores(root: Path) -> dict[str, object]:
@@ -171,14 +172,15 @@ def test_the_same_name_with_another_config_is_refused_with_the_difference(tmp_pa
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
-    """The folder of a sweep that nothing disturbed, and the seconds from its first step to its end."""
+    """The folder of a sweep that nothing disturbed, and the seconds until its first step."""
     folder = tmp_path_factory.mktemp("whole")
+    start = time.monotonic()
     process = begin(*SMALL, *QUICK, *GRID, *WANDB, cwd=folder)
     wait_for(process, folder / "outputs" / "s" / "*")
-    start = time.monotonic()
+    seconds = time.monotonic() - start
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
-    return folder / "outputs" / "s", time.monotonic() - start
+    return folder / "outputs" / "s", seconds
 
 
 @pytest.fixture(scope="module")
@@ -196,12 +198,16 @@ def test_killed_at_random_moments_the_results_are_the_same_to_the_bit(tmp_path, 
         root, ended = folder / "outputs" / "s", {}
         folder.mkdir()
         while len(ended) < len(whole) and sum(kills.values()) < wanted:
-            before = written(root)
+            before = last = written(root)
             process = begin(*words, cwd=folder)
-            if draw.random() < 0.8:  # starting takes longer than all the rest
-                while written(root) == before and process.poll() is None:
-                    time.sleep(0.005)
-            time.sleep(draw.uniform(0, seconds))
+            writes, wait = draw.randrange(1, WRITES), draw.uniform(0, 0.1)
+            if draw.random() < 0.2:  # starting takes longer than all the rest
+                writes, wait = 0, draw.uniform(0, seconds)
+            while writes > 0 and len(times(root)) < len(whole) and process.poll() is None:
+                time.sleep(0.005)
+                now = written(root)
+                writes, last = writes - (now != last), now
+            time.sleep(wait)
             process.kill()
             process.communicate()
             assert {name: at for name, at in times(root).items() if name in ended} == ended
