@@ -1,7 +1,6 @@
 """The command `delora-run`. Imports neither torch nor transformers until a run starts."""
 
 import logging
-import math
 import os
 import re
 import signal
@@ -19,6 +18,7 @@ if TYPE_CHECKING:
 
 INTERRUPTION = "delora-run: interrupted; the same command goes on from the last checkpoint"
 FAILED, DIVERGED, INTERRUPTED = 1, 3, 130
+LOWEST = -1.0  # of all headline scores: a sweeper that looks for the best stays away from trials that diverge
 
 HELP = """\
 delora-run [GROUP=OPTION ...] [KEY=VALUE ...]     trains a parameter-efficient finetuning method on a GLUE task
@@ -150,14 +150,14 @@ class Outcome:
 outcome = Outcome()
 
 
-def train(configs: "Sequence[DictConfig]", sweep: bool = True) -> list[float]:
+def train(configs: "Sequence[DictConfig]", sweep: bool = True) -> list[float | None]:
     """Trains the trials of composed configs.
 
     Args:
         sweep: whether they belong to a sweep, which takes the name.
 
     Returns:
-        The headline score on validation of each, NaN where it failed or diverged.
+        The headline score on validation of each, `LOWEST` where it diverged, None where it failed.
 
     Raises:
         UserError: a config, or what it needs on this machine, is not right.
@@ -167,12 +167,12 @@ def train(configs: "Sequence[DictConfig]", sweep: bool = True) -> list[float]:
     trials = [Trial.from_config(config) for config in configs]
     if sweep:
         trials = [t.model_copy(update={"sweep": t.sweep or t.name, "name": None}) for t in trials]
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[ToStandardError()])
     if trials[0].plan:
         from delora.sweep import print_plan
 
         print_plan(trials)
-        return [math.nan] * len(trials)
+        return [None] * len(trials)
 
     from delora.console import print_results
     from delora.sweep import run
@@ -186,11 +186,18 @@ def train(configs: "Sequence[DictConfig]", sweep: bool = True) -> list[float]:
     return [_headline(result) for result in results]
 
 
-def _headline(result: "Result | None") -> float:
-    if result is None or result["status"] != "done" or result["best"] is None:
-        return math.nan
-    score = result["best"]["validation"][result["headline"]]
-    return math.nan if score is None else score
+class ToStandardError(logging.StreamHandler):
+    """Writes to what is standard error now: the live view puts itself in its place, to have lines above it."""
+
+    stream = property(lambda self: sys.stderr, lambda self, _: None)
+
+
+def _headline(result: "Result | None") -> float | None:
+    if result is None:
+        return None
+    best = result["best"] if result["status"] == "done" else None
+    score = best["validation"][result["headline"]] if best else None
+    return LOWEST if score is None else score
 
 
 # --- Help, from the files of conf/

@@ -1,9 +1,11 @@
 """What a person sees: a live view of the trials in a terminal, plain lines elsewhere; then a table."""
 
 import math
+import shlex
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -16,6 +18,7 @@ from rich.table import Table
 
 from delora.config import Trial
 from delora.results import Result, Scores, flatten
+from delora.tasks import TASKS
 
 if TYPE_CHECKING:
     from delora.train import Score
@@ -34,18 +37,18 @@ class Console:
     def __init__(self, trials: Sequence[Trial], found: Mapping[Path, Result]):
         self.rich = Rich(stderr=True)
         self.rows = Rows(trials)
-        self.total, self.diverged_count, self.failed_count = len(trials), 0, 0
-        self.already = self.over = len(found)
+        self.headlines = " or ".join(dict.fromkeys(TASKS[trial.task.name].headline for trial in trials))
+        self.total, self.already = len(trials), len(found)
+        self.status: dict[Path, str] = {}  # done, running, diverged or failed
+        self.best: dict[Path, float] = {}
+        for folder, result in found.items():
+            self._ended(folder, result)
         self.fleet: Sequence[Trial] = ()
+        self.headline = ""
         self.steps, self.done = 1, 0
         self.loss: float | None = None
-        self.best: dict[Path, float] = {}
-        self.headline = ""
-        self.start = time.monotonic()
+        self.start: float | None = None
         self.last_line, self.told = -math.inf, set[str]()
-        for trial in trials:
-            if result := found.get(trial.folder):
-                self._count(trial, result)
         self.bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"))
         self.bar.columns += (TimeRemainingColumn(),)
         self.task = self.bar.add_task("starting", total=None, state="")
@@ -67,7 +70,9 @@ class Console:
     def begin(self, trials: Sequence[Trial], headline: str, steps: int) -> None:
         """A fleet starts training."""
         self.fleet, self.headline, self.steps, self.done, self.loss = trials, headline, steps, 0, None
-        self.fleet_start = time.monotonic()
+        self.start = self.start or time.monotonic()
+        over = {folder: status for folder, status in self.status.items() if status != "running"}
+        self.status = {trial.folder: "running" for trial in trials} | over
         self.bar.reset(self.task, total=steps, description=self._title())
 
     def step(self, step: int, loss_K: Sequence[float | None]) -> None:
@@ -86,20 +91,18 @@ class Console:
 
     def diverged(self, trial: int, step: int) -> None:
         """A trial's loss stopped being finite."""
-        self.diverged_count += 1
+        self.status[self.fleet[trial].folder] = "diverged"
         self.say(f"{self.fleet[trial].id} diverged in step {step}: the loss is not finite")
 
     def finished(self, trial: Trial, result: Result) -> None:
         """A trial's results are written."""
-        self.over += 1
-        if result["best"] and (score := result["best"]["validation"][result["headline"]]) is not None:
-            self.best[trial.folder] = score
-        if self.over == self.total > 1:
+        self._ended(trial.folder, result)
+        if self._over() == self.total > 1:
             self._show(now=True)
 
     def failed(self, trial: Trial, message: str) -> None:
         """A trial broke off."""
-        self.failed_count += 1
+        self.status[trial.folder] = "failed"
         if self.total > 1:
             self.say(f"{trial.id} failed: {message}")
 
@@ -111,10 +114,13 @@ class Console:
 
     # --- How it looks
 
-    def _count(self, trial: Trial, result: Result) -> None:
-        self.diverged_count += result["status"] == "diverged"
+    def _ended(self, folder: Path, result: Result) -> None:
+        self.status[folder] = result["status"]
         if result["best"] and (score := result["best"]["validation"][result["headline"]]) is not None:
-            self.best[trial.folder] = score
+            self.best[folder] = score
+
+    def _over(self) -> int:
+        return sum(status != "running" for status in self.status.values())
 
     def _title(self) -> str:
         if self.total == 1:
@@ -123,10 +129,9 @@ class Console:
         return f"{methods}, {len(self.fleet)} trials"
 
     def _counts(self) -> str:
-        parts = [f"{self.over} of {self.total} done"]
-        parts += [f"{self.diverged_count} diverged"] if self.diverged_count else []
-        parts += [f"{self.failed_count} failed"] if self.failed_count else []
-        return ", ".join(parts)
+        counted = Counter(self.status.values())
+        others = [f"{counted[status]} {status}" for status in ("running", "diverged", "failed") if counted[status]]
+        return ", ".join([f"{counted['done']} of {self.total} done", *others])
 
     def _state(self) -> str:
         parts = [] if self.loss is None else [f"loss {self.loss:.4f}"]
@@ -136,8 +141,9 @@ class Console:
 
     def _left(self) -> str:
         """The time that is left, if the trials that wait take as long as those that ran."""
-        share = (self.over - self.already + len(self.fleet) * self.done / self.steps) / (self.total - self.already)
-        if not 0 < share < 1:
+        running = sum(self.status[trial.folder] == "running" for trial in self.fleet)
+        share = (self._over() - self.already + running * self.done / self.steps) / max(1, self.total - self.already)
+        if self.start is None or not 0 < share < 1:
             return ""
         return f", {duration((time.monotonic() - self.start) * (1 / share - 1))} left"
 
@@ -153,8 +159,9 @@ class Console:
     def _view(self) -> RenderableType:
         if self.total == 1:
             return self.bar
-        title = f"best {self.headline} on validation so far, by factor on the base rate"
-        return Group(title, self.rows.table(self.best), f"{self._counts()}{self._left()}", self.bar)
+        title = f"best {self.headlines} on validation so far, by factor on the base rate"
+        marks = {folder: status for folder, status in self.status.items() if status in ("diverged", "failed")}
+        return Group(title, self.rows.table(self.best, marks), f"{self._counts()}{self._left()}", self.bar)
 
 
 class Rows:
@@ -236,7 +243,7 @@ def print_results(trials: Sequence[Trial], found: Sequence[Result | None]) -> No
     for folder, mark in marks.items():
         print(f"{mark}: {folder}")
     for root in dict.fromkeys(folder.parent for folder in by_folder):
-        print(f"results in {root}")
+        print(f"results in {root}; curves, tables and a page: delora-report {shlex.quote(str(root))}")
 
 
 def _one(trial: Trial, result: Result) -> Table:

@@ -1,6 +1,7 @@
 """What trials cost: how many fit into a device's memory, and how long they take."""
 
 import contextlib
+import functools
 import os
 import re
 import time
@@ -78,6 +79,7 @@ def seconds(trials: Sequence[Trial], tokens: Mapping[str, Tokens], device: torch
     return PADDING * len(trials) * float(trained + scored) / _operations_a_second(shape, device, trials[0].precision)
 
 
+@functools.cache
 def _operations_a_second(shape: Shape, device: torch.device, precision: str) -> float:
     dtype = {"bfloat16": torch.bfloat16, "float64": torch.float64}.get(precision, torch.float32)
     x, w = torch.randn(1024, shape.width, device=device), torch.randn(shape.width, shape.ffn, device=device)

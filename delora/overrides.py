@@ -23,9 +23,12 @@ from delora.config import MISSING, ConfigError, Fault, Trial, did_you_mean, expe
 def tidy(words: Iterable[str]) -> list[str]:
     """The words as Hydra takes them: flags first, and `+experiment=x` as `experiment=x`.
 
-    The config has each group and key already, so that nothing has to be added to it.
+    The config has each group and key already, so that nothing has to be added to it. Optuna's sweeper, which looks
+    for the lowest value where it is not told otherwise, is told that scores are best when high.
     """
     plain = [re.sub(r"^\+{1,2}(?!hydra[./])", "", word) for word in words]
+    if "hydra/sweeper=optuna" in plain and not any(word.startswith("hydra.sweeper.direction=") for word in plain):
+        plain.append("hydra.sweeper.direction=maximize")
     return sorted(plain, key=lambda word: "=" in word and not word.startswith("-"))
 
 

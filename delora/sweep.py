@@ -174,7 +174,10 @@ class Sweep:
                     group.keep()
                 for group in groups:
                     self._train(group)
-                before, missing = len(missing), self.missing()
+                before, known = len(missing), set(self.found)
+                missing = self.missing()
+                for folder in self.found.keys() - known:  # another process has finished them
+                    self.console.finished(self.trials[folder], self.found[folder])
                 if len(missing) == before:
                     time.sleep(SECONDS_BETWEEN_LOOKS)  # another process has them
             if len(self.trials) > 1:

@@ -15,7 +15,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 class FleetLauncher(Launcher):
     """Trains the jobs of a multirun together, as many at a time as can share an encoder.
 
-    A job returns its headline score on validation, or NaN where it failed or diverged.
+    A job returns what `delora.cli.train` does: its score, for sweepers that look for the best.
     """
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
@@ -28,6 +28,8 @@ class FleetLauncher(Launcher):
 
         configs = self.compose_all(job_overrides)
         scores = train(configs)
+        if configs[0].plan:
+            raise SystemExit(0)  # a sweeper that looks for the best would go on
         jobs = zip(job_overrides, configs, scores, strict=True)
         return [JobReturn(list(o), cfg=c, status=JobStatus.COMPLETED, _return_value=score) for o, c, score in jobs]
 
@@ -42,11 +44,11 @@ class FleetLauncher(Launcher):
         rest = tuple(str(o.input_line) for o in overrides if not self._is_value(o))
         if rest not in self.composed:
             self.composed[rest] = self.context.config_loader.load_sweep_config(self.config, list(rest))
+            with open_dict(self.composed[rest]):
+                self.composed[rest].pop("hydra")
         config = self.composed[rest].copy()
         for override in plain:
             OmegaConf.update(config, override.key_or_group, override.value())
-        with open_dict(config):
-            config.pop("hydra")
         return config
 
     def _is_value(self, override: Override) -> bool:

@@ -24,7 +24,9 @@ from delora.sweep import Group, plan
 from hydra_plugins.delora_fleet import FleetLauncher
 
 GRID = ["method=delora,lora", "lr_factor=0.5,2", "seed=1,2", "name=s", "-m"]
+WANDB = ["logger=wandb", "logger.mode=offline"]
 QUICK = ["epochs=4", "log_every=1", "fleet.checkpoint_seconds=0"]  # a checkpoint after every step
+WRITES = 60  # of a sweep of GRID and QUICK, about, as they are seen from outside
 
 
 def scores(root: Path) -> dict[str, object]:
@@ -34,7 +36,8 @@ def scores(root: Path) -> dict[str, object]:
     kept = {}
     for trial in found.trials:
         result = {k: v for k, v in trial.result.items() if k not in ("seconds", "fleet_size", "made_by")}
-        result["config"].pop("fleet")
+        for key in ("fleet", "logger"):
+            result["config"].pop(key)
         steps = [{k: v for k, v in step.items() if k != "seconds"} for step in trial.steps()]
         tensors = {
             name: {key: tensor.numpy().tobytes() for key, tensor in load_file(trial.folder / name).items()}
@@ -46,6 +49,12 @@ def scores(root: Path) -> dict[str, object]:
 
 def times(root: Path) -> dict[str, int]:
     return {path.parent.name: path.stat().st_mtime_ns for path in root.glob("*/result.json")}
+
+
+def written(root: Path) -> dict[str, int]:
+    """When each file that training writes was written last."""
+    names = ("*/metrics.jsonl", ".fleets/*/state.safetensors", "*/result.json")
+    return {str(path): path.stat().st_mtime_ns for name in names for path in root.glob(name)}
 
 
 def begin(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
@@ -124,7 +133,8 @@ def test_forty_trials_with_minilm(tmp_path):
     assert answer.returncode == 0, answer.stderr
     root = tmp_path / "outputs" / "forty"
     assert all(f"mrpc {method} " in answer.stdout for method in ("delora", "lora", "dora", "ether", "etherplus"))
-    assert "×0.5" in answer.stdout and "synthetic data" in answer.stdout and "results in outputs/forty" in answer.stdout
+    assert "×0.5" in answer.stdout and "synthetic data" in answer.stdout
+    assert answer.stdout.endswith("delora-report outputs/forty\n")
     found = results.find(root)
     assert len(found.trials) == 40 and not found.problems and {t.result["fleet_size"] for t in found.trials} == {8}
     assert {(t.result["sweep"], t.result["status"]) for t in found.trials} == {("forty", "done")}
@@ -137,6 +147,9 @@ def test_forty_trials_with_minilm(tmp_path):
     assert again.returncode == 0 and "39 of 40 trials are done already" in again.stderr
     after = times(root)
     assert [name for name in after if before[name] != after[name]] == [removed.name]
+    nothing = command(*words, cwd=tmp_path)
+    assert nothing.returncode == 0 and nothing.stdout == answer.stdout
+    assert "40 of 40 trials are done already" in nothing.stderr and times(root) == after
     assert "40 done, 0 to run" in command(*words, "plan=true", cwd=tmp_path).stdout
 
 
@@ -158,38 +171,61 @@ def test_the_same_name_with_another_config_is_refused_with_the_difference(tmp_pa
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """What an undisturbed sweep finds."""
+def undisturbed(tmp_path_factory):
+    """The folder of a sweep that nothing disturbed, and the seconds until its first step."""
     folder = tmp_path_factory.mktemp("whole")
-    answer = command(*SMALL, *QUICK, *GRID, cwd=folder)
-    assert answer.returncode == 0, answer.stderr
-    return scores(folder / "outputs" / "s")
+    start = time.monotonic()
+    process = begin(*SMALL, *QUICK, *GRID, *WANDB, cwd=folder)
+    wait_for(process, folder / "outputs" / "s" / "*")
+    seconds = time.monotonic() - start
+    _, errors = process.communicate(timeout=240)
+    assert process.returncode == 0, errors
+    return folder / "outputs" / "s", seconds
 
 
-def test_killed_at_random_moments_the_results_are_the_same_to_the_bit(tmp_path, whole, request):
-    draw, root = random.Random(request.config.getoption("--kills")), tmp_path / "outputs" / "s"
-    ended: dict[str, int] = {}
-    interrupted = 0
-    for _ in range(request.config.getoption("--kills")):
-        process = begin(*SMALL, *QUICK, *GRID, cwd=tmp_path)
-        if not ended and not interrupted:
-            wait_for(process, root / "*")
-        time.sleep(draw.uniform(0, 6.5))
-        process.kill()
-        process.communicate()
-        interrupted += process.returncode == -signal.SIGKILL
-        if len(times(root)) == len(whole):
-            shutil.rmtree(root)
-            ended = {}
-            continue
+@pytest.fixture(scope="module")
+def whole(undisturbed):
+    """What an undisturbed sweep finds."""
+    return scores(undisturbed[0])
+
+
+def test_killed_at_random_moments_the_results_are_the_same_to_the_bit(tmp_path, undisturbed, whole, request, capsys):
+    wanted, seconds = request.config.getoption("--kills"), undisturbed[1]
+    draw, words = random.Random(wanted), [*SMALL, *QUICK, *GRID, *WANDB]
+    kills = {"while starting": 0, "while training": 0, "after the last result": 0}
+    for place in itertools.count():
+        folder = tmp_path / str(place)
+        root, ended = folder / "outputs" / "s", {}
+        folder.mkdir()
+        while len(ended) < len(whole) and sum(kills.values()) < wanted:
+            before = last = written(root)
+            process = begin(*words, cwd=folder)
+            writes, wait = draw.randrange(1, WRITES), draw.uniform(0, 0.1)
+            if draw.random() < 0.2:  # starting takes longer than all the rest
+                writes, wait = 0, draw.uniform(0, seconds)
+            while writes > 0 and len(times(root)) < len(whole) and process.poll() is None:
+                time.sleep(0.005)
+                now = written(root)
+                writes, last = writes - (now != last), now
+            time.sleep(wait)
+            process.kill()
+            process.communicate()
+            assert {name: at for name, at in times(root).items() if name in ended} == ended
+            ended = times(root)
+            begun = "while training" if written(root) != before else "while starting"
+            moment = "after the last result" if len(ended) == len(whole) else begun
+            kills[moment] += process.returncode == -signal.SIGKILL
+        answer = command(*words, cwd=folder)
+        assert answer.returncode == 0, answer.stderr
         assert {name: at for name, at in times(root).items() if name in ended} == ended
-        ended = times(root)
-    assert interrupted
-    answer = command(*SMALL, *QUICK, *GRID, cwd=tmp_path)
-    assert answer.returncode == 0, answer.stderr
-    assert {name: at for name, at in times(root).items() if name in ended} == ended
-    assert scores(root) == whole
-    assert not (root / ".fleets").exists()
+        assert scores(root) == whole
+        assert not (root / ".fleets").exists()
+        assert all(len(list(trial.glob("wandb/offline-run-*"))) == 1 for trial in root.glob("*-seed*"))
+        if sum(kills.values()) == wanted:
+            break
+    with capsys.disabled():
+        print(" killed", ", ".join(f"{count} times {moment}" for moment, count in kills.items()), end=" ")
+    assert kills["while training"]
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
@@ -330,14 +366,19 @@ def test_under_other_launchers_each_job_is_a_fleet_of_one(tmp_path, launcher):
 
 def test_optuna_receives_the_headline_score_in_batches(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    words = [*SMALL, "-m", "method=lora", "hydra/sweeper=optuna", "hydra.sweeper.direction=maximize", "name=t"]
-    words += ["hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=2", "lr=interval(1e-4,1e-2)"]
+    words = [*SMALL, "-m", "method=lora", "hydra/sweeper=optuna", "hydra.sweeper.sampler.seed=2", "name=t"]
+    words += ["hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=2", "lr=choice(1e-4,1e-3,1e-2,1e30)"]
     words += ["hydra.sweeper.storage=sqlite:///study.db", "hydra.sweeper.study_name=t"]
     answer = command(*words, cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
     found = results.find(tmp_path / "outputs" / "t").trials
-    assert len(found) == 4 and {trial.result["fleet_size"] for trial in found} == {2}
     import optuna
 
-    told = sorted(t.value for t in optuna.load_study(study_name="t", storage=f"sqlite:///{tmp_path}/study.db").trials)
-    assert told == sorted(trial.result["best"]["validation"]["accuracy"] for trial in found)
+    study = optuna.load_study(study_name="t", storage=f"sqlite:///{tmp_path}/study.db")
+    assert study.direction == optuna.study.StudyDirection.MAXIMIZE
+    scored = {
+        t.result["config"]["lr"]: t.result["best"]["validation"]["accuracy"] if t.result["status"] == "done" else -1
+        for t in found
+    }
+    told = {trial.params["lr"]: trial.value for trial in study.trials}
+    assert len(study.trials) == 4 and told == scored and -1 in told.values()

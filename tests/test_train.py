@@ -113,7 +113,7 @@ each_method = pytest.mark.parametrize("method", METHODS)
 def eight_trials(method, precision, *more):
     """50 steps each; they differ in all that the trials of a fleet may differ in."""
     common = [*METHODS[method], "model=tiny", f"precision={precision}", "batch_size=8", "epochs=5", "max_length=48"]
-    common += ["log_every=1", *more]
+    common += ["accumulation=2", "clip_norm=1", "log_every=1", *more]
     configs = []
     for k in range(8):
         own = [f"seed={40 + k}", f"lr_factor={2.0 ** (k - 4)}", f"method.dropout={0.1 * (k % 4)}"]
