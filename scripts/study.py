@@ -39,6 +39,7 @@ MRPC, PROLONGED = "experiment=study/mrpc", "experiment=study/prolonged_mrpc,stud
 LAST = ("distance", "lambda")  # by layer, of the last evaluation: columns beside those of the result
 # The reports in docs/study: each of the sweep of its name, and of the trials of "robust" with such a config.
 REPORTS: dict[str, dict[str, Any]] = {
+    "mrpc": {"task.name": "mrpc"},
     "robust": {},
     "prolonged": {},
     "parts": {"task.name": "mrpc", "method.name": "delora", "method.init": "residual"},

@@ -1,0 +1,61 @@
+"""The study in docs/study: its pictures and tables follow from its CSV files, whose trials are not trained again."""
+
+import csv
+import importlib.util
+import itertools
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from conftest import conf_folder
+
+from delora.config import Trial
+from delora.errors import UserError
+from delora.sweep import finished
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs" / "study"
+
+
+@pytest.fixture(scope="module")
+def study() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("study", ROOT / "scripts" / "study.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_pictures_and_tables_are_made_of_the_csv_files(study, tmp_path):
+    for name in ("trials.csv", "training.csv"):
+        (tmp_path / name).write_bytes((DOCS / name).read_bytes())
+    study.report(tmp_path)
+    made = {path.relative_to(tmp_path): path for path in tmp_path.rglob("*") if path.is_file()}
+    texts = [name for name in made if name.suffix != ".png"]  # a picture's bytes follow the fonts' library
+    committed = {path.relative_to(DOCS) for folder in study.REPORTS for path in (DOCS / folder).glob("*")}
+    assert made.keys() - {Path("trials.csv"), Path("training.csv")} == committed
+    assert [name for name in texts if made[name].read_bytes() != (DOCS / name).read_bytes()] == []
+
+
+def test_a_changed_line_is_refused(study, tmp_path):
+    (tmp_path / "training.csv").write_bytes((DOCS / "training.csv").read_bytes())
+    text = (DOCS / "trials.csv").read_text(encoding="utf-8")
+    place = next(csv.DictReader([*text.splitlines()[:2]]))["best.validation.loss"]
+    (tmp_path / "trials.csv").write_text(text.replace(place, "0.99", 1), encoding="utf-8")
+    with pytest.raises(UserError, match="line 2: not the result"):
+        list(study.restore(tmp_path))
+
+
+def test_a_trial_in_the_csv_files_is_finished(study, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for sweep, result, evaluations in itertools.islice(study.restore(DOCS), 0, 400, 40):
+        study.write_trial(study.OUTPUTS / sweep / result["id"], result, evaluations)
+        trial = Trial.from_config(result["config"])
+        assert trial.folder == study.OUTPUTS / sweep / result["id"]
+        assert finished(trial) == result
+
+
+def test_every_config_of_the_study_is_planned(study):
+    words = " ".join(itertools.chain(*study.planned().values()))
+    for path in (conf_folder() / "experiment" / "study").glob("*.yaml"):
+        assert f"study/{path.stem}" in words
