@@ -78,8 +78,6 @@ def main() -> None:
         return
     bench = Benchmark(options)
     figures = bench.measure()
-    if options.json:  # what follows takes a while
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
     if not bench.compiles:
         figures["peak_bytes"] = {str(size): apart(f"peak:{size}") for size in sorted({1, 2, 4, *options.trials})}
     else:
@@ -88,8 +86,7 @@ def main() -> None:
             caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
             figures["start_seconds"] = [apart(f"start:{max(options.trials)}", caches) for _ in range(2)]
     report(figures, bench)
-    if options.json:
-        options.json.write_text(json.dumps(figures, indent=1) + "\n")
+    bench.keep(figures)
 
 
 def trial(options: argparse.Namespace, seed: int, method: str | None = None, model: str | None = None) -> Trial:
@@ -181,7 +178,16 @@ class Benchmark:
             for name, measured in rows.items():
                 seconds[name].append(measured())
                 print(f"turn {turn + 1}, {name}: {1e3 * seconds[name][-1]:.1f} ms", file=sys.stderr, flush=True)
-        tokens = self.totals[largest]
+            self.keep(self.figures(seconds))
+        return self.figures(seconds)
+
+    def keep(self, figures: dict[str, Any]) -> None:
+        """Writes the file that was asked for; a run that is ended early leaves its whole turns."""
+        if self.options.json:
+            self.options.json.write_text(json.dumps(figures, indent=1) + "\n")
+
+    def figures(self, seconds: dict[str, list[float]]) -> dict[str, Any]:
+        options, tokens = self.options, self.totals[max(self.options.trials)]
         return {
             "seconds_per_step": seconds,
             "steps": options.steps,
