@@ -21,6 +21,7 @@ from delora import pretrained, results
 from delora.data import Rows, load
 from delora.data.batches import Tokens
 from delora.errors import UserError
+from delora.missing import missing_encoder
 from delora.model import Fleet
 from delora.pretrained import byte_tokenizer
 from delora.tasks import TASKS
@@ -108,7 +109,7 @@ def checkpoint(tmp_path_factory) -> Path:
 
 def load_from(folder: Path, *overrides: str) -> pretrained.Pretrained:
     trial = compose_trial("model=roberta_base", f"model.source={folder}", "model.shape=null", *overrides)
-    if lack := pretrained.missing(trial.model):
+    if lack := missing_encoder(trial.model):
         raise UserError(lack)
     return pretrained.load(trial.model, TASKS["mrpc"])
 
