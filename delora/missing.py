@@ -21,6 +21,7 @@ WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+OTHER_FILES = ("*.json", "*.txt", "*.model")
 
 
 def require_all(trials: Iterable[Trial]) -> None:
@@ -75,14 +76,38 @@ def missing_encoder(config: ModelConfig) -> str | None:
 
 def checkpoint(config: ModelConfig) -> Path | None:
     """The folder of the checkpoint: a local one, or the cache's snapshot if it is complete."""
-    source = str(config.source)
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
+    folder = Path(str(config.source)).expanduser()
+    if folder.is_dir():
+        return folder if (folder / "config.json").is_file() and weights_file(folder) else None
+    try:
+        return snapshot(config, local_files_only=True)
+    except ValueError:  # no id of a repository
+        return None
+
+
+def snapshot(config: ModelConfig, local_files_only: bool = False) -> Path | None:
+    """The hub's files in the cache, with weights of one kind alone; fetched where they are not there.
+
+    Raises:
+        HfHubHTTPError, LocalEntryNotFoundError, ValueError: they cannot be fetched.
+    """
+    for weights in ("model*.safetensors", "pytorch_model*.bin"):
+        # Without the patterns that it was fetched by, the hub's library takes a snapshot in the cache for incomplete.
+        patterns = [*OTHER_FILES, weights]
         try:
-            folder = Path(huggingface_hub.snapshot_download(source, revision=config.revision, local_files_only=True))
-        except (LocalEntryNotFoundError, ValueError):
-            return None
-    return folder if (folder / "config.json").is_file() and weights_file(folder) else None
+            path = huggingface_hub.snapshot_download(
+                str(config.source),
+                revision=config.revision,
+                allow_patterns=patterns,
+                local_files_only=local_files_only,
+            )
+        except LocalEntryNotFoundError:
+            if local_files_only:
+                continue
+            raise
+        if (Path(path) / "config.json").is_file() and weights_file(Path(path)):
+            return Path(path)
+    return None
 
 
 def weights_file(folder: Path) -> Path | None:

@@ -5,7 +5,6 @@ import importlib.resources
 from dataclasses import dataclass
 from pathlib import Path
 
-import huggingface_hub
 import torch
 import transformers
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -14,10 +13,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from delora.config import ModelConfig
 from delora.errors import UserError
-from delora.missing import WEIGHTS, checkpoint, missing_encoder, weights_file
+from delora.missing import WEIGHTS, checkpoint, missing_encoder, snapshot, weights_file
 from delora.tasks import Task
 
-OTHER_FILES = ("*.json", "*.txt", "*.model")
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # RoBERTa's, in its order
 
 
@@ -60,19 +58,12 @@ def _fetch(config: ModelConfig) -> Path:
         return found
     if problem := missing_encoder(config):
         raise UserError(problem)
-    source = str(config.source)
     try:
-        for weights in ("model*.safetensors", "pytorch_model*.bin"):
-            folder = Path(
-                huggingface_hub.snapshot_download(
-                    source, revision=config.revision, allow_patterns=[*OTHER_FILES, weights]
-                )
-            )
-            if weights_file(folder):
-                return folder
+        if folder := snapshot(config):
+            return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
         raise UserError(f"the encoder {config.name}: {config.source} cannot be fetched: {error}") from error
-    raise UserError(f"the encoder {config.name}: {config.source} holds none of {', '.join(WEIGHTS)}")
+    raise UserError(f"the encoder {config.name}: {config.source} lacks config.json or weights ({' or '.join(WEIGHTS)})")
 
 
 def _hash_of_weights(config: ModelConfig, folder: Path) -> str | None:
