@@ -21,6 +21,8 @@ WEIGHTS = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+TOKENIZERS = ("tokenizer.json", "vocab.*", "*.model")
+PARTS = f"config.json, weights ({' or '.join(WEIGHTS)}) or a tokenizer ({' or '.join(TOKENIZERS)})"
 OTHER_FILES = ("*.json", "*.txt", "*.model")
 
 
@@ -54,7 +56,7 @@ def missing_encoder(config: ModelConfig) -> str | None:
         return None
     folder = Path(config.source).expanduser()
     if folder.is_dir():
-        return f"the encoder {config.name}: {folder} lacks config.json or weights ({' or '.join(WEIGHTS)})"
+        return f"the encoder {config.name}: {folder} lacks {PARTS}"
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.source) or config.source.startswith("."):
         return f"the encoder {config.name}: there is no folder {folder}"
     if not hub_is_reachable():
@@ -78,7 +80,7 @@ def checkpoint(config: ModelConfig) -> Path | None:
     """The folder of the checkpoint: a local one, or the cache's snapshot if it is complete."""
     folder = Path(str(config.source)).expanduser()
     if folder.is_dir():
-        return folder if (folder / "config.json").is_file() and weights_file(folder) else None
+        return folder if _is_whole(folder) else None
     try:
         return snapshot(config, local_files_only=True)
     except ValueError:  # no id of a repository
@@ -95,19 +97,27 @@ def snapshot(config: ModelConfig, local_files_only: bool = False) -> Path | None
         # Without the patterns that it was fetched by, the hub's library takes a snapshot in the cache for incomplete.
         patterns = [*OTHER_FILES, weights]
         try:
-            path = huggingface_hub.snapshot_download(
-                str(config.source),
-                revision=config.revision,
-                allow_patterns=patterns,
-                local_files_only=local_files_only,
+            folder = Path(
+                huggingface_hub.snapshot_download(
+                    str(config.source),
+                    revision=config.revision,
+                    allow_patterns=patterns,
+                    local_files_only=local_files_only,
+                )
             )
         except LocalEntryNotFoundError:
             if local_files_only:
                 continue
             raise
-        if (Path(path) / "config.json").is_file() and weights_file(Path(path)):
-            return Path(path)
+        if _is_whole(folder):
+            return folder
     return None
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether all `PARTS` are there; without a tokenizer's files transformers would make an empty one."""
+    tokenizer = any(path for pattern in TOKENIZERS for path in folder.glob(pattern))
+    return (folder / "config.json").is_file() and tokenizer and weights_file(folder) is not None
 
 
 def weights_file(folder: Path) -> Path | None:

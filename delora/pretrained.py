@@ -13,7 +13,8 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from delora.config import ModelConfig
 from delora.errors import UserError
-from delora.missing import WEIGHTS, checkpoint, missing_encoder, snapshot, weights_file
+from delora.missing import PARTS, WEIGHTS, checkpoint, missing_encoder, snapshot, weights_file
+from delora.model import HEADS
 from delora.tasks import Task
 
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # RoBERTa's, in its order
@@ -42,12 +43,21 @@ def load(config: ModelConfig, task: Task) -> Pretrained:
     folder = _fetch(config)
     sha256 = _hash_of_weights(config, folder)
     try:
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            folder, num_labels=task.num_labels, dtype=torch.float32
+        model, told = transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            num_labels=task.num_labels,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # of a head for other labels
+            output_loading_info=True,
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the encoder {config.name} cannot be loaded from {folder}: {error}") from error
+    # For what is not there transformers draws random values.
+    unset = {*told["missing_keys"], *(name for name, *_ in told["mismatched_keys"])}
+    if lacking := sorted(name for name in unset if name.split(".")[0] not in HEADS):
+        named = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
+        raise UserError(f"the encoder {config.name}: the weights in {folder} lack, or have in another shape, {named}")
     return Pretrained(model, tokenizer, config.package or str(config.source), sha256)
 
 
@@ -63,7 +73,7 @@ def _fetch(config: ModelConfig) -> Path:
             return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
         raise UserError(f"the encoder {config.name}: {config.source} cannot be fetched: {error}") from error
-    raise UserError(f"the encoder {config.name}: {config.source} lacks config.json or weights ({' or '.join(WEIGHTS)})")
+    raise UserError(f"the encoder {config.name}: {config.source} lacks {PARTS}")
 
 
 def _hash_of_weights(config: ModelConfig, folder: Path) -> str | None:

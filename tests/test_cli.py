@@ -101,13 +101,17 @@ def test_help_names_every_option_and_key(delora_run, tmp_path):
 
 def test_all_faults_of_a_command_come_together(delora_run, tmp_path):
     words = ["tsak=mrpc", "task=mprc", "method.rnk=4", "method.targets=[qeury]", "lr=nan", "epochs=0", "batch_size=x"]
+    words += ["alpha=8", "clip_norm=1,", "rte"]
     answer = command(delora_run, *words, "model=tiny", "max_length=513", "seed=1,2", cwd=tmp_path)
     assert answer.returncode == 2 and answer.stdout == "" and "Traceback" not in answer.stderr
     heading, *faults = answer.stderr.splitlines()
-    assert heading == "delora-run: error: 9 faults in the config"
+    assert heading == "delora-run: error: 12 faults in the config"
     for expected in (
         "tsak: no such key; did you mean task?",
         "did you mean mrpc?",
+        "alpha: no such key; did you mean method.alpha, of method=dora and method=lora?",
+        "clip_norm=1,: a value is missing beside a comma",
+        "rte: expected KEY=VALUE",
         "did you mean method.rank?",
         "method.targets=qeury: matches no linear layer of model=tiny; did you mean query?",
         "lr=nan: expected a finite number",
@@ -118,6 +122,12 @@ def test_all_faults_of_a_command_come_together(delora_run, tmp_path):
     ):
         assert sum(expected in fault for fault in faults) == 1, (expected, answer.stderr)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_key_written_as_a_flag_is_refused(delora_run, tmp_path):
+    answer = command(delora_run, "task=rte", "--lr=1e-3", cwd=tmp_path)
+    assert answer.returncode == 2 and answer.stdout == ""
+    assert answer.stderr == ("delora-run: error: --lr=1e-3: no such flag; keys are written without dashes: lr=1e-3\n")
 
 
 @pytest.mark.parametrize("answers", ["refused", "silent"])
