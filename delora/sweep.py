@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import shutil
-import sys
 import time
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
@@ -123,7 +122,7 @@ def print_plan(trials: Sequence[Trial]) -> None:
             ", begun" if group.state.exists() else ""
         )
         table.add_row(str(number), str(len(group.trials)), about, memory, duration(seconds) if seconds else "unknown")
-    Rich(width=None if sys.stdout.isatty() else 200).print(table)
+    Rich(width=200).print(table)
     print(
         f"{len(sweep.trials)} trials: {len(sweep.found)} done, {len(missing)} to run in {len(groups)} fleets, "
         f"roughly {duration(total)}{'' if known else ' and what is unknown'}. Nothing was trained."
