@@ -97,7 +97,9 @@ def _start() -> None:
     from delora import overrides
 
     sys.argv[1:] = overrides.tidy(sys.argv[1:])
-    flags = get_args_parser().parse_args()
+    flags, unknown = get_args_parser().parse_known_args()
+    if unknown:
+        raise UserError(f"{' '.join(unknown)}: no such flag; keys are written without dashes: lr=1e-3")
     if sum(map(bool, (flags.run, flags.multirun, flags.cfg, flags.info, flags.shell_completion))) > 1:
         raise UserError("only one of --run, --multirun, --cfg, --info and --shell-completion can be given")
     if flags.resolve and not flags.cfg:
@@ -163,11 +165,13 @@ def train(configs: "Sequence[DictConfig]", sweep: bool = True) -> list[float | N
         UserError: a config, or what it needs on this machine, is not right.
     """
     from delora.config import Trial
+    from delora.missing import require_all
 
     trials = [Trial.from_config(config) for config in configs]
     if sweep:
         trials = [t.model_copy(update={"sweep": t.sweep or t.name, "name": None}) for t in trials]
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[ToStandardError()])
+    require_all(trials)
     if trials[0].plan:
         from delora.sweep import print_plan
 

@@ -506,5 +506,6 @@ def did_you_mean(word: Any, known: Iterable[str]) -> str:
 
 
 def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known name that is most like a word, if any is like it."""
-    return next(iter(difflib.get_close_matches(word, list(known), n=1)), None)
+    """The known name that is most like a word, large and small letters alike, if any is like it."""
+    names = {name.lower(): name for name in known}
+    return next((names[near] for near in difflib.get_close_matches(word.lower(), names, n=1)), None)

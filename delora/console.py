@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Self
 from rich.console import Console as Rich
 from rich.console import Group, RenderableType
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from delora.config import Trial
@@ -49,16 +49,23 @@ class Console:
         self.loss: float | None = None
         self.start: float | None = None
         self.last_line, self.told = -math.inf, set[str]()
-        self.bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[state]}"))
-        self.bar.columns += (TimeRemainingColumn(),)
+        self.bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[state]}"),
+            TimeRemainingColumn(),
+        )
         self.task = self.bar.add_task("starting", total=None, state="")
         self.live = Live(console=self.rich, get_renderable=self._view, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Self:
         if self.rich.is_terminal:
             self.live.start()
-        if self.already and self.total > 1:
-            self.say(f"{self.already} of {self.total} trials are done already")
+        if self.already:
+            many = f"{self.already} of {self.total} trials are done already"
+            self.say(many if self.total > 1 else "done already, not trained again")
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -215,7 +222,7 @@ def duration(seconds: float) -> str:
 
 def print_results(trials: Sequence[Trial], found: Sequence[Result | None]) -> None:
     """A short table of the results and where they are, on standard output."""
-    rich = Rich(width=None if sys.stdout.isatty() else 200)
+    rich = Rich(width=200)  # a narrower terminal wraps the lines; it would cut the cells
     if len(trials) == 1:
         if result := found[0]:
             rich.print(_one(trials[0], result))
@@ -247,21 +254,21 @@ def print_results(trials: Sequence[Trial], found: Sequence[Result | None]) -> No
 
 
 def _one(trial: Trial, result: Result) -> Table:
-    best = result["best"]
-    cells = {
+    best, status = result["best"], result["status"]
+    rows = {
         "task": trial.task.name,
-        "method": trial.method.name,
-        "model": trial.model.name,
         "data": result["made_by"]["data"]["source"],
-        "lr": f"{trial.rate:g}",
-        "seed": str(trial.seed),
-        "status": result["status"],
-        "best epoch": str(best["epoch"]) if best else "-",
-        "validation": _scores(best["validation"]) if best else "-",
-        "test": _scores(best["test"]) if best and best["test"] else "-",
+        "model": trial.model.name,
+        "method": f"{trial.method.name}, lr {trial.rate:g}, seed {trial.seed}",
+        "status": f"diverged in step {result['diverged_step']}" if status == "diverged" else status,
     }
-    table = Table(*cells, box=None, pad_edge=False)
-    table.add_row(*cells.values())
+    if best:
+        rows["best epoch"] = f"{best['epoch']} of {result['epochs']}"
+        rows["validation"] = _scores(best["validation"])
+        rows |= {"test": _scores(best["test"])} if best["test"] else {}
+    table = Table.grid(padding=(0, 2))
+    for row in rows.items():
+        table.add_row(*row)
     return table
 
 

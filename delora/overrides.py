@@ -91,8 +91,7 @@ class _Command:
                     raise HydraException("no key")
                 overrides += parser.parse_overrides([word])
             except HydraException:
-                message = "cannot be read as KEY=VALUE; signs and spaces need quotes: 'KEY=\"a = b\"'"
-                self.faults.append(f"{word}: {message}")
+                self.faults.append(f"{word}: {_unreadable(word)}")
         return overrides
 
     def _is_plain(self, override: Override) -> bool:
@@ -142,7 +141,7 @@ class _Command:
                 self.faults += [Fault(f"method.{key}", config.method[key], message) for key in keys]
             return config
         except (HydraException, OmegaConfBaseException) as error:
-            self.faults.append(f"{' '.join(words)}: {error}")
+            self.faults.append(": ".join(filter(None, (" ".join(words), str(error)))))
             return None
 
     def _check_keys(self, values: Mapping[str, list[Any]], configs: Sequence[DictConfig]) -> None:
@@ -166,6 +165,9 @@ class _Command:
         if near := nearest(last, siblings):
             return f"no such key; did you mean {f'{part}.{near}' if part else near}?"
         namesakes = [k for k in keys if k.rpartition(".")[2] == last]
+        owners = [f"{g}={o}" for g, options in self._options.items() for o in options if key in self._option_keys(g, o)]
+        if owners and not namesakes:
+            return f"no such key; did you mean {owners[0].partition('=')[0]}.{key}, of {' and '.join(owners)}?"
         return f"no such key{did_you_mean(namesakes[0] if namesakes else key, keys)}"
 
     @cache  # noqa: B019  (one command a process)
@@ -194,6 +196,15 @@ class _Command:
             except OmegaConfBaseException as error:
                 self.faults.append(Fault(key, value, str(error).splitlines()[0]))
         self.faults += Trial.check(config)[1]
+
+
+def _unreadable(word: str) -> str:
+    """Why Hydra's grammar has no place for a word."""
+    if "=" not in word:
+        return "expected KEY=VALUE, such as lr=1e-3"
+    if re.search(r"[=,]\s*,|,\s*$", word):
+        return "a value is missing beside a comma"
+    return "cannot be read as KEY=VALUE; signs and spaces need quotes: 'KEY=\"a = b\"'"
 
 
 def _search_path(overrides: Iterable[Override]) -> list[Path]:

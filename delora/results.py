@@ -569,6 +569,20 @@ def read(folder: Path | str) -> StoredTrial:
         raise ResultsError(f"{Path(folder) / RESULT}: {error}") from None
 
 
+def finished(folder: Path | str, config: Mapping[str, Any], ignore: Collection[str] = ()) -> Result | None:
+    """The result in a folder of a trial with this config that is done or diverged; None where there is none.
+
+    Args:
+        ignore: dotted keys or groups ("logger") that may differ.
+    """
+    try:
+        result = read(folder).result
+    except ResultsError:
+        return None
+    same = not differences(result["config"], config, ignore)
+    return result if same and result["status"] != "failed" else None
+
+
 def stored_config(folder: Path | str) -> dict[str, Any] | None:
     """The config of the trial in a folder, None where there is none."""
     try:

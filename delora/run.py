@@ -26,6 +26,7 @@ from delora.data import Dataset
 from delora.data.batches import Tokens
 from delora.data.splits import paper_split
 from delora.errors import UserError
+from delora.missing import missing_encoder
 from delora.model import DTYPES, PACKED, Fleet
 from delora.results import Result, ResultsError, TrialFolder
 from delora.tasks import TASKS, Task
@@ -140,23 +141,6 @@ def choose_speed(fleet: Fleet, wish: bool | str) -> bool:
     if wish:
         fleet.compile_layers()
     return bool(wish)
-
-
-def require_all(trials: Sequence[Trial]) -> None:
-    """One error for all that is missing, before anything is read.
-
-    Raises:
-        UserError: data or weights are missing.
-    """
-    lacks: dict[str, None] = {}  # in order, each once
-    for trial in {(t.task, t.data, t.model): t for t in trials}.values():
-        where = {key: value for key, value in trial.data.options().items() if key in ("source", "dir")}
-        for text in (rows_of.missing(TASKS[trial.task.name], **where), pretrained.missing(trial.model)):
-            lacks |= {text: None} if text else {}
-    if lacks:
-        first = trials[0]
-        embedded = f"delora-run task={first.task.name} method={first.method.name} model=minilm data=synthetic"
-        raise UserError("\n".join(["missing on this machine:", *lacks, f"without hub and files:\n    {embedded}"]))
 
 
 def prepare(config: Trial) -> tuple[Dataset, dict[str, Tokens]]:
@@ -428,7 +412,7 @@ def load(folder: str | Path) -> Fleet:
     stored = results.read(folder)
     trial = Trial.from_config(stored.result["config"])
     task = TASKS[trial.task.name]
-    if lack := pretrained.missing(trial.model):
+    if lack := missing_encoder(trial.model):
         raise UserError(f"missing on this machine:\n{lack}")
     encoder = pretrained.load(trial.model, task)
     made_with = stored.result["made_by"]["weights"]["sha256"]

@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import shutil
-import sys
 import time
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
@@ -31,7 +30,7 @@ from delora.console import Console, duration
 from delora.data.batches import Tokens
 from delora.errors import UserError
 from delora.results import ConfigChanged, InUse, Result, ResultsError, TrialFolder
-from delora.run import choose_device, prepare, read_state, require_all, run_fleet, write_state
+from delora.run import choose_device, prepare, read_state, run_fleet, write_state
 from delora.tracking import Tracking
 
 FLEETS, TRIALS, STATE = ".fleets", "trials.json", "state.safetensors"
@@ -107,7 +106,6 @@ def print_plan(trials: Sequence[Trial]) -> None:
     """What `run` would do: trials, fleets, memory and time, on standard output. Trains nothing and writes nothing."""
     sweep = Sweep(trials)
     missing = sweep.missing()
-    require_all(missing)
     groups = plan(missing, sweep.trials)
     total, known = 0.0, True
     table = Table("fleet", "trials", "", "memory", "time", box=None, pad_edge=False)
@@ -124,7 +122,7 @@ def print_plan(trials: Sequence[Trial]) -> None:
             ", begun" if group.state.exists() else ""
         )
         table.add_row(str(number), str(len(group.trials)), about, memory, duration(seconds) if seconds else "unknown")
-    Rich(width=None if sys.stdout.isatty() else 200).print(table)
+    Rich(width=200).print(table)
     print(
         f"{len(sweep.trials)} trials: {len(sweep.found)} done, {len(missing)} to run in {len(groups)} fleets, "
         f"roughly {duration(total)}{'' if known else ' and what is unknown'}. Nothing was trained."
@@ -153,13 +151,12 @@ class Sweep:
     def missing(self) -> list[Trial]:
         """The trials that still have to run, as the disk tells."""
         for folder, trial in self.trials.items():
-            if folder not in self.found and (result := finished(trial)):
+            if folder not in self.found and (result := _finished(trial)):
                 self.found[folder] = result
         return [t for folder, t in self.trials.items() if folder not in self.found and folder not in self.failures]
 
     def run(self) -> list[Result | None]:
         missing = self.missing()
-        require_all(missing)
         config = next(iter(self.trials.values()))
         tracking = Tracking(config.logger.mode if missing else "disabled", config.logger.project)
         with (
@@ -209,7 +206,7 @@ class Sweep:
             folders = []
             for trial in group.trials:
                 try:
-                    folder = None if finished(trial) else opened.enter_context(_open(trial))
+                    folder = None if _finished(trial) else opened.enter_context(_open(trial))
                     if folder and group.state.exists() and not folder.left_over:
                         folder = None  # its records are gone, it starts anew in another fleet
                     folders.append(folder)
@@ -274,14 +271,8 @@ class TrialFailed(UserError):
     status = 1
 
 
-def finished(trial: Trial) -> Result | None:
-    """The result of a trial that is over: done or diverged."""
-    try:
-        result = results.read(trial.folder).result
-    except ResultsError:
-        return None
-    same = not results.differences(result["config"], trial.resolved(), NOT_THE_TRIAL)
-    return result if same and result["status"] != "failed" else None
+def _finished(trial: Trial) -> Result | None:
+    return results.finished(trial.folder, trial.resolved(), NOT_THE_TRIAL)
 
 
 def plan(missing: Sequence[Trial], known: Mapping[Path, Trial]) -> list[Group]:

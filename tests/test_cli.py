@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import re
 import signal
 import socket
@@ -10,6 +11,7 @@ import sys
 import sysconfig
 import time
 import venv
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -101,13 +103,17 @@ def test_help_names_every_option_and_key(delora_run, tmp_path):
 
 def test_all_faults_of_a_command_come_together(delora_run, tmp_path):
     words = ["tsak=mrpc", "task=mprc", "method.rnk=4", "method.targets=[qeury]", "lr=nan", "epochs=0", "batch_size=x"]
+    words += ["alpha=8", "clip_norm=1,", "rte"]
     answer = command(delora_run, *words, "model=tiny", "max_length=513", "seed=1,2", cwd=tmp_path)
     assert answer.returncode == 2 and answer.stdout == "" and "Traceback" not in answer.stderr
     heading, *faults = answer.stderr.splitlines()
-    assert heading == "delora-run: error: 9 faults in the config"
+    assert heading == "delora-run: error: 12 faults in the config"
     for expected in (
         "tsak: no such key; did you mean task?",
         "did you mean mrpc?",
+        "alpha: no such key; did you mean method.alpha, of method=dora and method=lora?",
+        "clip_norm=1,: a value is missing beside a comma",
+        "rte: expected KEY=VALUE",
         "did you mean method.rank?",
         "method.targets=qeury: matches no linear layer of model=tiny; did you mean query?",
         "lr=nan: expected a finite number",
@@ -118,6 +124,12 @@ def test_all_faults_of_a_command_come_together(delora_run, tmp_path):
     ):
         assert sum(expected in fault for fault in faults) == 1, (expected, answer.stderr)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_key_written_as_a_flag_is_refused(delora_run, tmp_path):
+    answer = command(delora_run, "task=rte", "--lr=1e-3", cwd=tmp_path)
+    assert answer.returncode == 2 and answer.stdout == ""
+    assert answer.stderr == ("delora-run: error: --lr=1e-3: no such flag; keys are written without dashes: lr=1e-3\n")
 
 
 @pytest.mark.parametrize("answers", ["refused", "silent"])
@@ -164,11 +176,28 @@ def test_a_run_and_what_the_same_name_does_afterwards(delora_run, tmp_path):
 
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "outputs").rglob("*") if p.is_file()}
     again = command(delora_run, *words, cwd=tmp_path)
-    assert again.returncode == 0 and again.stdout == first.stdout and "step" not in again.stderr
+    assert (
+        again.returncode == 0 and again.stdout == first.stdout and again.stderr == "done already, not trained again\n"
+    )
     changed = command(delora_run, *words, "lr=1e-4", "method.rank=4", cwd=tmp_path)
     assert changed.returncode == 2 and changed.stdout == "" and "Traceback" not in changed.stderr
     assert "lr: 0.006 → 0.0001" in changed.stderr and "method.rank: 8 → 4" in changed.stderr
     assert {p: p.stat().st_mtime_ns for p in files} == files
+
+
+def test_a_terminal_shows_a_bar_and_then_whole_scores(delora_run, tmp_path):
+    ours, theirs = pty.openpty()
+    line, written = [str(delora_run), *TINY, "epochs=3", "log_every=1"], b""
+    with subprocess.Popen(line, cwd=tmp_path, env=environment(COLUMNS="80"), stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        with suppress(OSError):  # how a terminal ends
+            while part := os.read(ours, 10_000):
+                written += part
+    os.close(ours)
+    assert process.returncode == 0
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.decode())
+    assert re.search(r"mrpc delora .*step +\d+/12 +loss \d\.\d{4} +best accuracy \d\.\d{4} +\d:\d\d:\d\d", shown)
+    assert re.search(r"^test +accuracy \d\.\d{4}, f1 \d\.\d{4}\s*$", shown, re.MULTILINE)
 
 
 def test_a_diverged_trial_is_recorded_and_ends_with_status_3(delora_run, tmp_path):

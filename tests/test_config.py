@@ -158,6 +158,7 @@ def test_minilm_s_shape_and_hash_are_the_package_s():
         ("name", 7, "name=7: expected text; a number needs two kinds of quotes: 'name=\"7\"'"),
         ("output_dir", "", "output_dir=: expected text"),
         ("task.name", "mprc", "did you mean mrpc?"),
+        ("task.name", "RTE", "did you mean rte?"),
         ("method.dropout", 1.0, "method.dropout=1.0: must be below 1"),
         ("method.rank", 0, "method.rank=0: must be at least 1"),
         ("method.rank", 769, "method.rank=769: above 768"),

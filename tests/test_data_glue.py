@@ -2,26 +2,22 @@
 that runs here and speaks the hub's protocol."""
 
 import csv
-import hashlib
 import http.server
 import io
-import json
-import os
 import shlex
 import socket
 import subprocess
 import sys
 import threading
 import time
-import urllib.parse
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
 
 import datasets
 import numpy as np
 import pytest
 from huggingface_hub import constants
+from small_hub import fresh, serve
 
 from delora.data import Rows, _content_hash, glue, hub, load, missing
 from delora.errors import UserError
@@ -390,77 +386,15 @@ def test_a_cache_with_other_rows_is_refused(cache, data, expected):
     assert expected in str(caught.value) and "train-00000-of-00001.parquet" in str(caught.value)
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub as `datasets` and `hf download` ask of it, with one dataset of generated rows."""
-
-    protocol_version = "HTTP/1.1"
-    commit = "a" * 40
-    files: ClassVar[dict[str, bytes]] = {}
-
-    def do_GET(self):
-        path = urllib.parse.unquote(self.path.split("?")[0])
-        resolve, api = "/datasets/nyu-mll/glue/resolve/", "/api/datasets/nyu-mll/glue"
-        status, body, headers = 404, b"{}", {"X-Error-Code": "EntryNotFound"}
-        name = path.removeprefix(resolve).partition("/")[2]
-        if path == "/":
-            status, body, headers = 200, b"", {}
-        elif path.startswith(resolve) and name in self.files:
-            status, body = 200, self.files[name]
-            headers = {"ETag": f'"{hashlib.sha1(body).hexdigest()}"', "X-Repo-Commit": self.commit}
-        elif path.startswith(f"{api}/tree/"):
-            under = path.removeprefix(f"{api}/tree/").partition("/")[2]
-            deep = "recursive=true" in self.path.lower()
-            entries = [self.entry(file) for file in self.files if deep or os.path.dirname(file) == under]
-            folders = set() if under else {os.path.dirname(file) for file in self.files} - {""}
-            entries += [{"type": "directory", "oid": "0" * 40, "size": 0, "path": folder} for folder in folders]
-            status, body, headers = 200, json.dumps(entries).encode(), {}
-        elif path == api or path.startswith(f"{api}/revision/"):
-            siblings = [{"rfilename": file} for file in self.files]
-            about = {
-                "id": "nyu-mll/glue",
-                "sha": self.commit,
-                "private": False,
-                "tags": [],
-                "siblings": siblings,
-            }
-            status, body, headers = 200, json.dumps(about).encode(), {}
-        self.send_response(status)
-        for key, value in {**headers, "Content-Length": str(len(body))}.items():
-            self.send_header(key, value)
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    do_HEAD = do_GET
-
-    def entry(self, file: str) -> dict:
-        data = self.files[file]
-        return {"type": "file", "oid": hashlib.sha1(data).hexdigest(), "size": len(data), "path": file}
-
-    def log_message(self, *_):
-        pass
-
-
 @pytest.fixture(scope="module")
 def wnli_hub():
-    """A hub with WNLI in its full size; gives its address and closes it when called."""
+    """A hub with WNLI in its full size."""
     splits = {split: parquet(columns("wnli", rows)) for split, rows in TASKS["wnli"].rows.items()}
     patterns = "".join(f"  - split: {split}\n    path: wnli/{split}-*\n" for split in splits)
-    Hub.files = {f"wnli/{split}-00000-of-00001.parquet": data for split, data in splits.items()}
-    Hub.files["README.md"] = f"---\nconfigs:\n- config_name: wnli\n  data_files:\n{patterns}---\n".encode()
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    yield f"http://127.0.0.1:{server.server_port}"
-    server.shutdown()
-    server.server_close()
-
-
-def fresh(home: Path, endpoint: str) -> dict[str, str]:
-    """The environment of a machine whose only network is `endpoint`."""
-    kept = {k: v for k, v in os.environ.items() if not k.upper().startswith(("HF_", "DELORA_", "TRANSFORMERS_"))}
-    proxies = {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-    paths = {"HF_HOME": str(home), "PYTHONPATH": str(Path(__file__).parents[1])}
-    return {**kept, **proxies, **paths, "HF_ENDPOINT": endpoint}
+    files = {f"wnli/{split}-00000-of-00001.parquet": data for split, data in splits.items()}
+    files["README.md"] = f"---\nconfigs:\n- config_name: wnli\n  data_files:\n{patterns}---\n".encode()
+    with serve("datasets/nyu-mll/glue", files) as hub:
+        yield hub
 
 
 LOAD = """
@@ -482,7 +416,7 @@ def load_apart(environment: dict[str, str]) -> str:
 
 def test_rows_come_from_the_hub_once_and_then_from_what_datasets_kept(wnli_hub, tmp_path):
     expected = load(TASKS["wnli"], dir=str(write(tmp_path, TASKS["wnli"]))).sha256
-    environment = fresh(tmp_path / "home", wnli_hub)
+    environment = fresh(tmp_path / "home", wnli_hub.address)
     assert load_apart(environment).split() == ["hub", expected]
     (tmp_path / "home" / "hub").rename(tmp_path / "away")  # leaves the tables that `datasets` made
     environment["HF_HUB_OFFLINE"] = "1"
@@ -490,7 +424,7 @@ def test_rows_come_from_the_hub_once_and_then_from_what_datasets_kept(wnli_hub, 
 
 
 def test_the_command_that_the_error_names_works(wnli_hub, tmp_path):
-    environment = fresh(tmp_path / "home", wnli_hub)
+    environment = fresh(tmp_path / "home", wnli_hub.address)
     message = load_apart({**environment, "HF_HUB_OFFLINE": "1"})
     assert "HF_HUB_OFFLINE is set" in message
     command = next(line for line in message.splitlines() if "hf download" in line).split("   once")[0]
@@ -499,9 +433,9 @@ def test_the_command_that_the_error_names_works(wnli_hub, tmp_path):
     assert load_apart({**environment, "HF_HUB_OFFLINE": "1"}).startswith("cache ")
 
 
-def test_a_hub_without_the_rows_is_reported(wnli_hub, tmp_path, monkeypatch):
-    monkeypatch.setattr(Hub, "files", {"README.md": b""})
-    message = load_apart(fresh(tmp_path / "home", wnli_hub))
+def test_a_hub_without_the_rows_is_reported(tmp_path):
+    with serve("datasets/nyu-mll/glue", {"README.md": b""}) as hub:
+        message = load_apart(fresh(tmp_path / "home", hub.address))
     assert "cannot use nyu-mll/glue from the hub" in message and "data=synthetic" in message
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from conftest import SMALL, command, compose_trial
 
 import delora
@@ -38,6 +39,12 @@ def test_a_loaded_model_gives_the_scored_logits_exactly(tmp_path, method):
     for part, index in zip(("validation", "test"), paper_split(TASKS["mrpc"], 42, 40), strict=True):
         logits = predict(model, tokens, torch.as_tensor(index)[None], trial.batch_size)[0]
         assert torch.equal(logits, stored[part])
+
+    model.merge().save_pretrained(tmp_path / "merged")  # for those who have no delora
+    plain = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "merged").eval()
+    with torch.inference_mode():
+        logits = plain(**tokens.gather(torch.as_tensor(index)[None], packed=False).inputs).logits
+    torch.testing.assert_close(logits, stored["test"], rtol=0, atol=1e-6)
 
 
 def test_standard_protocol_reports_best_and_last_on_all_rows_of_mnli(tmp_path):

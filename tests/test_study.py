@@ -9,9 +9,9 @@ from types import ModuleType
 import pytest
 from conftest import conf_folder
 
-from delora.config import Trial
+from delora import results
+from delora.config import NOT_THE_TRIAL, Trial
 from delora.errors import UserError
-from delora.sweep import finished
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs" / "study"
@@ -52,7 +52,7 @@ def test_a_trial_in_the_csv_files_is_finished(study, tmp_path, monkeypatch):
         study.write_trial(study.OUTPUTS / sweep / result["id"], result, evaluations)
         trial = Trial.from_config(result["config"])
         assert trial.folder == study.OUTPUTS / sweep / result["id"]
-        assert finished(trial) == result
+        assert results.finished(trial.folder, trial.resolved(), NOT_THE_TRIAL) == result
 
 
 def test_every_config_of_the_study_is_planned(study):
