@@ -231,7 +231,7 @@ def _help_on_group(group: str, default: str) -> Iterator[str]:
         option = path.relative_to(root).with_suffix("").as_posix()
         comments = re.findall(r"^# (?!@|delora-run)(.+)$", path.read_text(encoding="utf-8"), re.MULTILINE)
         mark = "*" if option == default else " "
-        yield f"{mark} {f'{group}={option}':<25}{comments[0] if comments else ''}"
+        yield f"{mark} {f'{group}={option}':<33}{comments[0] if comments else ''}"
 
 
 def _columns(keys: Iterable[tuple[str, str, str]]) -> Iterator[str]:
