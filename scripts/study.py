@@ -69,19 +69,13 @@ def main() -> int:
         if name not in sweeps:
             parser.error(f"--sweeps {name}: {expected(name, sweeps)}")
     if not (options.collect or options.report):
-        if (
-            options.output / "trials.csv"
-        ).exists() and not options.plan:  # of another machine: nothing is trained twice
+        if not options.plan and (options.output / "trials.csv").exists():  # trained elsewhere: not again
             for name, result, evaluations in restore(options.output):
                 write_trial(OUTPUTS / name / result["id"], result, evaluations)
         for name in options.sweeps.split(","):
-            for words in sweeps[name]:
-                status = run(name, words, options)
-                if status not in (0, cli.FAILED):
-                    return status
-            while name == "robust" and not options.plan and (wider := beyond_the_edges()):
-                for words in wider:
-                    run(name, words, options)
+            status = train(name, sweeps[name], options)
+            if status not in (0, cli.FAILED):
+                return status
         if options.plan:
             return 0
     if not options.report:
@@ -109,6 +103,21 @@ def planned() -> dict[str, list[str]]:
         "float32": [f"{MRPC} {method} lr_factor=1 precision=float32 {SEEDS}" for method in METHODS],
         "sst2": [f"experiment=study/sst2 {method} lr_factor=0.25,1,4,16 {few}" for method in METHODS],
     }
+
+
+def train(name: str, commands: Sequence[str], options: argparse.Namespace) -> int:
+    """Runs a sweep's commands, and for "robust" each of those beyond the edges once; returns the last exit status."""
+    ran: list[str] = []
+    status = 0
+    while commands:
+        for words in commands:
+            status = run(name, words, options)
+            if status not in (0, cli.FAILED):
+                return status
+        ran += commands
+        wider = beyond_the_edges() if name == "robust" and not options.plan else []
+        commands = [words for words in wider if words not in ran]
+    return status
 
 
 def run(name: str, words: str, options: argparse.Namespace) -> int:
@@ -279,4 +288,7 @@ def report(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(f"scripts/study: error: {error}")
