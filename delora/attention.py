@@ -35,10 +35,9 @@ def padded_attention(
     """Pads the examples to the layout's span, attends, and takes the padding out again. As `packed_attention`."""
     trials, tokens, heads, width = q.shape
     trial_K1 = torch.arange(trials, device=q.device)[:, None]
-    place_T = torch.arange(layout.span, device=q.device)
-    here_KBT = place_T < layout.length_KB[..., None]
+    here_KBT = layout.place_T < layout.length_KB[..., None]
     # Padding is a copy of the example's own first token: what happens in a trial stays there.
-    to_pad_KBT = (layout.first_KB + trial_K1 * tokens)[..., None] + place_T * here_KBT
+    to_pad_KBT = (layout.first_KB + trial_K1 * tokens)[..., None] + layout.place_T * here_KBT
     example_KN = layout.example_KN + trial_K1 * layout.first_KB.shape[1]
     to_pack_KN = example_KN * layout.span + layout.position_KN
     real_KN = torch.arange(tokens, device=q.device) < layout.length_KB.sum(1, keepdim=True)

@@ -21,7 +21,7 @@ if not os.environ.get("CC") and not any(map(shutil.which, ("cc", "gcc", "clang")
     raise ImportError("Triton needs a C compiler")
 
 SMALLEST, LARGEST = 64, 512  # keys that a program can hold
-QUERIES = 64  # that a program takes at once
+QUERIES = 64  # that a program takes at once; where it keeps gradients of more keys than that, half of them
 
 
 def can_attend(q: Tensor, layout: Layout) -> bool:
@@ -103,8 +103,8 @@ def _attend_backward(
         _backward_kernel[(trials * examples, heads)](
             *(gradient, q, k, v, y, total, dq, dk, dv),
             *(first_KB, length_KB, key_KN, place, threshold_K, scale_K, scaling, examples, tokens),
-            *(heads, width, QUERIES, keys, keys == SMALLEST, key_KN is not None),
-            num_warps=4 if keys <= 64 else 8,
+            *(heads, width, QUERIES if keys <= QUERIES else QUERIES // 2, keys, keys == SMALLEST, key_KN is not None),
+            num_warps=4 if keys <= 128 else 8,
             num_stages=1,
         )
     return dq, dk, dv

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 import transformers
 from hydra.utils import get_class
 from torch import Tensor, nn
+from torch.fx.experimental import _config as symbols
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
@@ -40,7 +41,7 @@ class AdaptedLinear(nn.Module):
         self.dtype: torch.dtype = linear.weight.dtype  # of what is trained; the frozen weight may get another
 
     def forward(self, x: Tensor) -> Tensor:
-        x_KNI = x.reshape(len(self.dropout.rates), -1, x.shape[-1])
+        x_KNI = x.reshape(len(self.dropout.scale_K), -1, x.shape[-1])
         dropped = self.dropout(x)
         dropped_KNI = x_KNI if dropped is x else dropped.reshape(x_KNI.shape)
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.dtype == torch.bfloat16):
@@ -81,6 +82,7 @@ class Fleet(nn.Module):
 
     Attributes:
         packs: whether it takes batches whose examples are packed.
+        recorded: whether its steps of training are recorded as CUDA graphs.
 
     Raises:
         UserError: no layer matches the targets, an option does not fit a layer, or the model has no head to train.
@@ -103,6 +105,7 @@ class Fleet(nn.Module):
         for _, parameter in self.frozen():
             parameter.data = parameter.to(ENCODER_DTYPES[self.precision])
         self.packs: bool = base.config.model_type in PACKED
+        self.recorded = self.packs and device.type == "cuda"
         if self.packs:
             self._prune()
 
@@ -148,10 +151,19 @@ class Fleet(nn.Module):
             _replace(self.base, name, AdaptedLinear(linear, adapter.to(device), dropout))
 
     def compile_layers(self) -> None:
-        """Has the encoder's layers compiled when they are first used, once for all that are alike."""
-        torch._dynamo.config.recompile_limit = 64  # methods and sizes of fleets in one process
-        torch._dynamo.config.skip_nnmodule_hook_guards = False  # else the last layer runs code of one without `_prune`
-        for layer in self._layers():
+        """Has the encoder's layers compiled when they are first used, once for all that are alike and any K > 1.
+
+        The last layer is left as it is: `_prune` makes it unlike the others, and little of it is left.
+        """
+        config = torch._dynamo.config
+        config.recompile_limit = 64  # methods in one process
+        config.force_parameter_static_shapes = config.force_nn_module_property_static_shapes = False
+        symbols.use_duck_shape = False  # K may be the rank
+        frozen = {parameter for _, parameter in self.frozen()}
+        for layer in self._layers()[:-1]:
+            for tensor in [*layer.parameters(), *layer.buffers()]:
+                first = 0 if tensor in frozen else 1
+                torch._dynamo.mark_static(tensor, list(range(first, tensor.dim())))
             layer.compile(dynamic=True)
 
     def _layers(self) -> nn.ModuleList:

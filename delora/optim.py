@@ -4,6 +4,7 @@ All trainable values of a fleet live in one buffer (K, P), a row a trial; the mo
 A trial's whole state is one row of each of the buffers.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -54,13 +55,14 @@ class FleetAdamW:
         self.lr_K = lr_K
         self.warmup_K, self.total_steps = warmup_ratio_K * total_steps, total_steps
         self.betas, self.clip_norm = betas, clip_norm
+        self._log_betas = [math.log(beta) if beta else -math.inf for beta in betas]
         self.names = sorted(parameters, key=kind)
         self.groups: list[Group] = []
         columns, previous = 0, None
         for name in self.names:
             lr, decay = own_lr.get(name, lr_K), weight_decay_K * (not name.endswith("bias"))
             end = columns + parameters[name][0].numel()
-            if kind(name) != previous or name in own_lr:
+            if kind(name) != previous or lr is not self.groups[-1].lr_K:
                 self.groups.append(Group(columns, end, lr, decay))
             self.groups[-1].end = end
             columns, previous = end, kind(name)
@@ -82,7 +84,7 @@ class FleetAdamW:
             self._gradient_views.append(self.gradients[:, start:end].view(parameter.shape))
             start = end
 
-    def schedule(self, step: int) -> Tensor:
+    def schedule(self, step: int | Tensor) -> Tensor:
         """The factor (K,) on the learning rates in `step`: linear up from 0 over the warmup, linear down to 0."""
         rising = step / self.warmup_K.clamp(min=1)
         falling = (self.total_steps - step) / (self.total_steps - self.warmup_K).clamp(min=1)
@@ -93,8 +95,11 @@ class FleetAdamW:
         return self.lr_K * self.schedule(step)
 
     @torch.no_grad()
-    def step(self, step: int) -> None:
-        """Updates the trials that are alive from the parameters' gradients, then clears these. `step` counts from 0."""
+    def step(self, step: Tensor) -> None:
+        """Updates the trials that are alive from the parameters' gradients, then clears these.
+
+        `step` (int64) counts from 0. It is read on its device, so that a recorded update serves for every step.
+        """
         torch._foreach_copy_(self._gradient_views, [p.grad for p in self._parameters if p.grad is not None])
         for parameter in self._parameters:
             parameter.grad = None
@@ -103,13 +108,16 @@ class FleetAdamW:
             self.gradients *= (self.clip_norm / (norm_K + 1e-6)).clamp(max=1)[:, None]
         beta1, beta2 = self.betas
         factor_K = self.schedule(step)
+        # 1 - beta^(step + 1), which must not be a difference: 1 - 0.999 has lost half of float32's digits.
+        count = (step + 1).to(self.values.dtype)
+        unbiased1, unbiased2 = (-torch.expm1(count * log_beta) for log_beta in self._log_betas)
         for group in self.groups:
             at = slice(group.start, group.end)
             lr_K1 = (group.lr_K * factor_K)[:, None]
             gradient, mean, square = self.gradients[:, at], self.mean[:, at], self.square[:, at]
             mean.lerp_(gradient, 1 - beta1)
             square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-            root = (square.sqrt() / (1 - beta2 ** (step + 1)) ** 0.5).add_(self.eps)
+            root = (square.sqrt() / unbiased2.sqrt()).add_(self.eps)
             decayed = self.values[:, at] * (1 - lr_K1 * group.weight_decay_K[:, None])
-            updated = decayed - lr_K1 / (1 - beta1 ** (step + 1)) * (mean / root)
+            updated = decayed - lr_K1 / unbiased1 * (mean / root)
             self.values[:, at] = torch.where(self.alive_K[:, None], updated, self.values[:, at])

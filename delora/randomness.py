@@ -82,9 +82,9 @@ class TokenKeys:
         self.key_KN = self.first_KB = torch.zeros(len(seeds), 1, dtype=torch.int32, device=device)
         self.layout: Layout | None = None
 
-    def set(self, layout: "Layout", step: int, earlier: int) -> None:
-        """Sets the keys of a batch of `step`, of which `earlier` examples are in other parts."""
-        key_K = _mix(self._seed_K + _signed32(step * 0x9E3779B9))
+    def set(self, layout: "Layout", step: Tensor, earlier: int) -> None:
+        """Sets the keys of a batch of `step` (int64), of which `earlier` examples are in other parts."""
+        key_K = _mix(self._seed_K + (step * 0x9E3779B9).int())
         self.key_KN = _mix(_mix(key_K[:, None] + (layout.example_KN + earlier)) + layout.position_KN)
         self.first_KB = self.key_KN.gather(1, layout.first_KB)
 
@@ -94,6 +94,9 @@ class Dropout(nn.Module):
 
     Takes hidden states (..., H): K·N vectors of tokens, or K·B of first tokens, as (K·B, H) or where `of_first` is set.
     The rate may differ between trials; it is rounded to a multiple of 2^-16, since a hash serves two elements.
+
+    Attributes:
+        p: the largest rate; where it is 0 nothing is dropped.
     """
 
     place: Tensor
@@ -103,7 +106,7 @@ class Dropout(nn.Module):
     def __init__(self, keys: TokenKeys, place: str, rates: Sequence[float]):
         super().__init__()
         self.keys, self.of_first = keys, False
-        self.rates = tuple(rates)
+        self.p = max(rates)
         # An int16 below the threshold drops its element. Buffers, so that equal layers are compiled once.
         drop_K = [min(round(p * (1 << 16)), (1 << 16) - 1) for p in rates]
         buffers = {
@@ -114,15 +117,10 @@ class Dropout(nn.Module):
         for name, value in buffers.items():
             self.register_buffer(name, value.to(keys.key_KN.device), persistent=False)
 
-    @property
-    def p(self) -> float:
-        """The largest rate; what transformers' attention asks for."""
-        return max(self.rates)
-
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
-        x_KNH = x.view(len(self.rates), -1, x.shape[-1])
+        x_KNH = x.view(len(self.scale_K), -1, x.shape[-1])
         key_KN = self.keys.first_KB if self.of_first or x.dim() == 2 else self.keys.key_KN
         return self._drop(x_KNH, _mix(key_KN ^ self.place)[..., None]).view(x.shape)
 

@@ -79,6 +79,7 @@ def run_fleet(
             "tf32": torch.backends.cuda.matmul.allow_tf32,
             "packed": fleet.packs,
             "compiled": compiled,
+            "recorded": fleet.recorded,
         },
         data={"source": dataset.source, "sha256": dataset.sha256},
         weights={"source": encoder.source, "sha256": encoder.sha256},

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from delora.data.batches import Tokens, epoch_order
+from delora.graphs import Recorded, Widths
 from delora.metrics import score
 from delora.model import Fleet
 from delora.optim import FleetAdamW
@@ -163,18 +164,14 @@ def train(
     if checkpoints:
         checkpoints.restore(state)
 
+    step = Step(fleet, data.train, state)
     if state.scored < 0:
         _evaluate(fleet, data, state, report)
     for epoch in range(state.scored, config.epochs):
         start = time.perf_counter()
         batches = epoch_order(seeds, epoch, rows).split(config.batch_size, dim=1)
         for index_KB in batches[state.totals.steps - epoch * steps_per_epoch :]:
-            loss_K = _backward(fleet, data.train, index_KB, state.totals, config.accumulation)
-            newly_dead_K = optimizer.alive_K & ~loss_K.isfinite()
-            state.diverged_step_K.masked_fill_(newly_dead_K, state.totals.steps)
-            optimizer.alive_K &= ~newly_dead_K
-            optimizer.step(state.totals.steps)
-            state.totals.steps += 1
+            loss_K = step(index_KB)
             if state.totals.steps % config.log_every == 0:
                 _report_step(optimizer, state.totals.steps, steps_per_epoch, loss_K, report)
             if checkpoints:
@@ -190,6 +187,50 @@ def train(
     if fleet.checksum() != frozen:
         raise RuntimeError("a frozen weight of the encoder changed during training")
     return state.outcomes, state.totals
+
+
+class Step:
+    """One step of training: the gradients of a batch, and the update of the trials that are alive.
+
+    The batch is computed in parts of examples of about the same length, so that little is padded.
+    """
+
+    def __init__(self, fleet: Fleet, tokens: Tokens, state: State):
+        self.fleet, self.tokens, self.state = fleet, tokens, state
+        self._run = Recorded(self._compute, fleet.device) if fleet.recorded else self._compute
+
+    def __call__(self, index_KB: Tensor) -> Tensor:
+        """Trains on the examples `index_KB` (on the CPU); the mean loss of each trial, (K,), until the next call."""
+        tokens, totals = self.tokens, self.state.totals
+        index_KB = index_KB.gather(1, tokens.order_by_length(index_KB))
+        widths = tuple(tokens.width(part_KB, self.fleet.packs) for part_KB in self._parts(index_KB))
+        loss_K = self._run(index_KB, torch.tensor(totals.steps), widths)
+        totals.steps += 1
+        totals.real_tokens += int(tokens.lengths_S[index_KB.numpy()].sum())
+        totals.computed_tokens += len(index_KB) * sum(width for width, _ in widths)
+        return loss_K
+
+    def _parts(self, index_KB: Tensor) -> Sequence[Tensor]:
+        size = -(-index_KB.shape[1] // self.fleet.trials[0].accumulation)
+        if self.tokens.on_cpu:  # starting an operation costs nothing there
+            size = min(size, EXAMPLES_ON_CPU)
+        return index_KB.split(size, dim=1)
+
+    def _compute(self, index_KB: Tensor, step: Tensor, widths: Widths) -> Tensor:
+        fleet, optimizer, examples, first = self.fleet, self.state.optimizer, index_KB.shape[1], 0
+        loss_K = torch.zeros(len(index_KB), dtype=fleet.dtype, device=fleet.device)
+        for part_KB, width in zip(self._parts(index_KB), widths, strict=True):
+            batch = self.tokens.gather(part_KB, fleet.packs, width)
+            fleet.keys.set(batch.layout, step, first)
+            part_loss_K = example_losses(fleet.logits(batch), batch.labels_KB).sum(1) / examples
+            part_loss_K.sum().backward()
+            loss_K = loss_K + part_loss_K.detach()
+            first += part_KB.shape[1]
+        newly_dead_K = optimizer.alive_K & ~loss_K.isfinite()
+        self.state.diverged_step_K.copy_(torch.where(newly_dead_K, step, self.state.diverged_step_K))
+        optimizer.alive_K &= ~newly_dead_K
+        optimizer.step(step)
+        return loss_K
 
 
 def make_optimizer(fleet: Fleet, total_steps: int) -> FleetAdamW:
@@ -232,28 +273,6 @@ def predict(fleet: Fleet, tokens: Tokens, index_KS: Tensor, batch_size: int) -> 
     fleet.train()
     assert logits_KSC is not None
     return logits_KSC
-
-
-def _backward(fleet: Fleet, tokens: Tokens, index_KB: Tensor, totals: Totals, accumulation: int) -> Tensor:
-    """Adds the batch's gradients, computed in parts; the mean loss of each trial, (K,).
-
-    The parts hold examples of about the same length, so that little is padded.
-    """
-    examples = index_KB.shape[1]
-    loss_K = torch.zeros(len(index_KB), dtype=fleet.dtype, device=fleet.device)
-    size, first = -(-examples // accumulation), 0
-    if fleet.device.type == "cpu":  # starting an operation costs nothing there
-        size = min(size, EXAMPLES_ON_CPU)
-    for chunk_KB in index_KB.gather(1, tokens.order_by_length(index_KB)).split(size, dim=1):
-        batch = tokens.gather(chunk_KB, fleet.packs)
-        fleet.keys.set(batch.layout, totals.steps, first)
-        chunk_loss_K = example_losses(fleet.logits(batch), batch.labels_KB).sum(1) / examples
-        chunk_loss_K.sum().backward()
-        loss_K = loss_K + chunk_loss_K.detach()
-        first += chunk_KB.shape[1]
-        totals.real_tokens += batch.real_tokens
-        totals.computed_tokens += batch.computed_tokens
-    return loss_K
 
 
 def _evaluate(fleet: Fleet, data: Data, state: State, report: Report) -> None:

@@ -41,7 +41,7 @@ from delora.tasks import TASKS
 from delora.train import Data, State, Totals, predict, train
 
 SEEDS = 4  # of a fleet, whose trials else differ in their rates: a sweep of factors and seeds
-WARMUP = 5  # steps that are not counted
+WARMUP = 5  # steps that are not counted; of delora on a GPU, which records steps as they come, the first epoch
 BYTES_IN_MAXRSS = 1 if sys.platform == "darwin" else 1024
 H100_BF16 = 989e12  # multiplications and additions a second of its matrix units, dense (the vendor's data sheet)
 ALONE = ("floor", "packed floor", "peft", "peft compiled", "trainer", "trainer compiled")  # one trial each
@@ -104,17 +104,17 @@ class Enough(Exception):
 class Clock:
     """Listens to the loop, and ends it after so many steps."""
 
-    def __init__(self, device: torch.device, steps: int):
-        self.device, self.steps = device, steps
+    def __init__(self, device: torch.device, steps: int, warmup: int = WARMUP):
+        self.device, self.steps, self.warmup = device, steps, warmup
         self.ticks, self.start, self.end = 0, 0.0, 0.0
         self.totals = Totals()
 
     def tick(self) -> None:
         """A step is over."""
         self.ticks += 1
-        if self.ticks == WARMUP:
+        if self.ticks == self.warmup:
             self.start = self.now()
-        elif self.ticks == WARMUP + self.steps:
+        elif self.ticks == self.warmup + self.steps:
             self.end = self.now()
             raise Enough
 
@@ -156,7 +156,9 @@ class Benchmark:
                 tokens.inputs.pop("token_type_ids", None)
         self.autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=options.precision == "bfloat16")
         self.totals: dict[int, Totals] = {}
-        self.evaluation: dict[int, float] = {}
+        self.epochs: dict[str, float] = {}  # seconds, with the scoring of `scored`
+        self.steps_per_epoch = math.ceil(len(self.tokens["train"]) / options.batch_size)
+        self.scored = torch.arange(len(self.tokens["validation"]) // 2)  # as many rows as with protocol=paper
         self.peaks: dict[int, int] = {}
 
     def measure(self) -> dict[str, Any]:
@@ -177,22 +179,21 @@ class Benchmark:
         for turn in range(options.turns):
             for name, measured in rows.items():
                 seconds[name].append(measured())
+                self.keep(self.figures(seconds))
                 print(f"turn {turn + 1}, {name}: {1e3 * seconds[name][-1]:.1f} ms", file=sys.stderr, flush=True)
-            self.keep(self.figures(seconds))
         return self.figures(seconds)
 
     def keep(self, figures: dict[str, Any]) -> None:
-        """Writes the file that was asked for; a run that is ended early leaves its whole turns."""
+        """Writes the file that was asked for; a run that is ended early leaves what it measured."""
         if self.options.json:
             self.options.json.write_text(json.dumps(figures, indent=1) + "\n")
 
     def figures(self, seconds: dict[str, list[float]]) -> dict[str, Any]:
-        options, tokens = self.options, self.totals[max(self.options.trials)]
+        options, tokens = self.options, self.totals.get(max(self.options.trials), Totals())
         return {
             "seconds_per_step": seconds,
             "steps": options.steps,
-            "steps_per_epoch": math.ceil(len(self.tokens["train"]) / options.batch_size),
-            "evaluation_seconds": self.evaluation,
+            "epoch_seconds": self.epochs,
             "tokens": {"real": tokens.real_tokens, "computed": tokens.computed_tokens, "steps": tokens.steps},
             "hardware": torch.cuda.get_device_name() if self.compiles else platform.processor() or platform.machine(),
             "threads": torch.get_num_threads(),
@@ -203,9 +204,12 @@ class Benchmark:
     def batches(self) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
         order = epoch_order([self.trial.seed], 0, len(self.tokens["train"]))[0]
         for _ in range(math.ceil((self.options.steps + WARMUP + 1) * self.trial.batch_size / len(order))):
-            for index in order.split(self.trial.batch_size):
-                batch = self.tokens["train"].gather(index[None], packed=False)
-                yield batch.inputs, batch.labels_KB[0]
+            yield from self.padded("train", order)
+
+    def padded(self, split: str, order: torch.Tensor) -> Iterator[tuple[dict[str, torch.Tensor], torch.Tensor]]:
+        for index in order.split(self.trial.batch_size):
+            batch = self.tokens[split].gather(index[None], packed=False)
+            yield batch.inputs, batch.labels_KB[0]
 
     def timed(self, step: Callable[[dict[str, torch.Tensor], torch.Tensor], None]) -> float:
         clock = Clock(self.device, self.options.steps)
@@ -252,19 +256,19 @@ class Benchmark:
             torch.cuda.reset_peak_memory_stats()
         fleet = self.fleet(size, method)
         before(fleet)
-        clock = Clock(self.device, self.options.steps)
-        none = torch.zeros(size, 1, dtype=torch.long)  # one row to score, at the start
+        epoch = self.steps_per_epoch + 1  # with the evaluation at its end
+        clock = Clock(self.device, self.options.steps, epoch if self.compiles else WARMUP)
+        none = torch.zeros(size, 1, dtype=torch.long)  # one row to score
         data = Data(self.task, self.tokens["train"], self.tokens["validation"], none)
         with contextlib.suppress(Enough):
             train(fleet, data, clock, clock)
         if method is None:
             self.totals[size] = clock.totals
             self.peaks[size] = torch.cuda.max_memory_allocated() if self.compiles else 0
-            rows = torch.arange(len(self.tokens["validation"]) // 2).expand(size, -1)  # as protocol=paper scores
             for _ in range(2):
                 start = clock.now()
-                predict(fleet, self.tokens["validation"], rows, self.trial.batch_size)
-                self.evaluation[size] = clock.now() - start
+                predict(fleet, self.tokens["validation"], self.scored.expand(size, -1), self.trial.batch_size)
+                self.epochs[f"delora {size}"] = self.steps_per_epoch * clock.seconds() + clock.now() - start
         return clock.seconds()
 
     def packed_floor(self) -> float:
@@ -303,31 +307,47 @@ class Benchmark:
             optimizer.step()
             optimizer.zero_grad()
 
-        return self.timed(step)
+        seconds = self.timed(step)
+        start = time.perf_counter()
+        with torch.inference_mode(), self.autocast:
+            for inputs, _ in self.padded("validation", self.scored):
+                model.eval()(**inputs).logits.cpu()
+        evaluated = time.perf_counter() - start
+        self.epochs["peft compiled" if compiled else "peft"] = self.steps_per_epoch * seconds + evaluated
+        return seconds
 
     def peft_trainer(self, compiled: bool = False) -> float:
-        tokens, clock = self.tokens["train"], Clock(self.device, self.options.steps)
-        order = epoch_order([self.trial.seed], 0, len(tokens))[0]
-        columns = {name: matrix.cpu() for name, matrix in tokens.inputs.items()}
-        examples = [
-            {name: matrix[i, : tokens.lengths_S[i]].tolist() for name, matrix in columns.items()}
-            | {"labels": int(tokens.labels_S[i])}
-            for i in order
-        ]
+        """On a GPU also the seconds of a trial of one epoch, its workers' start and its evaluation included."""
+        clock = Clock(self.device, self.options.steps)
+
+        def examples(split: str, order: torch.Tensor) -> list[dict[str, Any]]:
+            tokens = self.tokens[split]
+            columns = {name: matrix.cpu() for name, matrix in tokens.inputs.items()}
+            return [
+                {name: matrix[i, : tokens.lengths_S[i]].tolist() for name, matrix in columns.items()}
+                | {"labels": int(tokens.labels_S[i])}
+                for i in order
+            ]
+
+        train_rows = examples("train", epoch_order([self.trial.seed], 0, len(self.tokens["train"]))[0])
 
         class Ticks(transformers.TrainerCallback):
             def on_step_end(self, *_: Any, **__: Any) -> None:
-                clock.tick()
+                with contextlib.suppress(Enough) if whole else contextlib.nullcontext():
+                    clock.tick()
 
         class InOrder(transformers.Trainer):
             def _get_train_sampler(self, *_: Any, **__: Any) -> torch.utils.data.Sampler:
-                return torch.utils.data.SequentialSampler(examples)
+                return torch.utils.data.SequentialSampler(train_rows)
 
+        whole = self.compiles
         arguments = transformers.TrainingArguments(
             output_dir=tempfile.gettempdir(),  # nothing is saved
             per_device_train_batch_size=self.trial.batch_size,
             learning_rate=self.trial.rate,
-            max_steps=self.options.steps + WARMUP + 2,
+            per_device_eval_batch_size=self.trial.batch_size,
+            num_train_epochs=1,
+            max_steps=-1 if whole else self.options.steps + WARMUP + 2,
             dataloader_num_workers=4 if self.compiles else 0,
             use_cpu=not self.compiles,
             bf16=self.options.precision == "bfloat16",
@@ -339,10 +359,14 @@ class Benchmark:
         )
         collator = transformers.DataCollatorWithPadding(self.tokenizer)
         trainer = InOrder(
-            self.peft_model(), arguments, train_dataset=examples, data_collator=collator, callbacks=[Ticks()]
+            self.peft_model(), arguments, train_dataset=train_rows, data_collator=collator, callbacks=[Ticks()]
         )
+        start = clock.now()
         with contextlib.suppress(Enough):
             trainer.train()
+        if whole:
+            trainer.evaluate(examples("validation", self.scored))
+            self.epochs["trainer compiled" if compiled else "trainer"] = clock.now() - start
         return clock.seconds()
 
 
@@ -400,9 +424,12 @@ def report(figures: dict[str, Any], bench: Benchmark) -> None:
     each = medians[f"delora {largest}"] / largest
     if "packed floor" in medians:
         print(f"a step over the packed floor: {each / medians['packed floor']:.2f}")
-    if {"trainer", "peft"} <= medians.keys():
-        epoch = figures["steps_per_epoch"] * each + figures["evaluation_seconds"][largest] / largest
-        print(f"a trial-epoch, training and scoring: {epoch:.3f} s, {3600 / epoch:.0f} an hour")
+    if bench.compiles:
+        epochs = figures["epoch_seconds"]
+        epoch = epochs[f"delora {largest}"] / largest
+        print(f"a trial of one epoch, training and scoring: {epoch:.3f} s, {3600 / epoch:.0f} an hour;", end=" ")
+        others = [name for name in ALONE if name in epochs]
+        print(", ".join(f"{LABELS[name]}: {epochs[name]:.2f} s, {epochs[name] / epoch:.1f}x" for name in others))
     if bench.compiles:
         shape = bench.trial.model.shape
         assert shape is not None

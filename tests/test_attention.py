@@ -20,7 +20,8 @@ def make_layout(lengths: list[list[int]], device: torch.device) -> Layout:
         example_KN[k, : sum(row)] = torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row))
         position_KN[k, : sum(row)] = torch.cat([torch.arange(n) for n in row])
     parts = (example_KN.int(), position_KN.int(), first_KB, length_KB.int())
-    return Layout(*(part.to(device) for part in parts), span=64 if length_KB.max() <= 64 else 512)
+    place_T = torch.arange(64 if length_KB.max() <= 64 else 512, dtype=torch.int32)
+    return Layout(*(part.to(device) for part in (*parts, place_T)))
 
 
 def make_inputs(layout: Layout, dtype: torch.dtype, device: torch.device, heads: int = 3, width: int = 16):
@@ -31,7 +32,7 @@ def make_inputs(layout: Layout, dtype: torch.dtype, device: torch.device, heads:
 
 def make_dropout(layout: Layout, device: torch.device) -> Dropout:
     keys = TokenKeys([3, 4], device)
-    keys.set(layout, step=7, earlier=2)
+    keys.set(layout, torch.tensor(7), earlier=2)
     return Dropout(keys, "here", [0.1, 0.4]).train()
 
 
@@ -80,7 +81,7 @@ def test_dropped_shares_are_the_rates_and_masks_differ():
     assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.9, 1 / 0.6], abs=1e-4)
     shares = (dropped == 0).double().mean((1, 2)).tolist()
     assert shares == pytest.approx([0.1, 0.4], abs=0.01)  # five standard deviations
-    elsewhere = Dropout(dropout.keys, "there", dropout.rates).train()(ones)
+    elsewhere = Dropout(dropout.keys, "there", [0.1, 0.4]).train()(ones)
     together = ((dropped == 0) & (elsewhere == 0)).double().mean((1, 2)).tolist()
     assert together == pytest.approx([0.01, 0.16], abs=0.01)
     neighbours = ((dropped[:, :, 1:] == 0) & (dropped[:, :, :-1] == 0)).double().mean((1, 2)).tolist()

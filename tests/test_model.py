@@ -99,13 +99,13 @@ def test_compiled_layers_compute_what_plain_ones_do(monkeypatch):
         fleet = Fleet(loaded.model, configs, CPU).train()
         for module in fleet.modules():
             if isinstance(module, Dropout):
-                module.rates = (0.0, 0.0)
+                module.p = 0.0
         if compiled:
             fleet.compile_layers()
         rows = load(TASKS["mrpc"], source="synthetic", rows={"train": 8, "validation": 8}).splits["train"]
         tokens = Tokens(rows, loaded.tokenizer, 48, CPU, fleet.dtype)
         batch = tokens.gather(torch.arange(8).expand(2, -1))
-        fleet.keys.set(batch.layout, 3, 0)
+        fleet.keys.set(batch.layout, torch.tensor(3), 0)
         logits = fleet.logits(batch)
         logits.square().sum().backward()
         found.append([logits.detach(), *(parameter.grad for parameter in fleet.trained().values())])

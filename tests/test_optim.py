@@ -27,7 +27,7 @@ def test_each_trial_is_torchs_adamw(clip_norm):
     for step in range(steps):
         for name, parameter in fleet.items():
             parameter.grad = gradients[step][name].clone()
-        optimizer.step(step)
+        optimizer.step(torch.tensor(step))
 
     for k in range(3):
         alone = {name: torch.nn.Parameter(value[k].clone()) for name, value in start.items()}

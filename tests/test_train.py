@@ -11,7 +11,9 @@ from safetensors.torch import load_file
 from delora import pretrained, train
 from delora.data import Rows, load
 from delora.data.batches import Tokens
+from delora.graphs import Recorded
 from delora.model import Fleet
+from delora.randomness import Dropout
 from delora.tasks import TASKS
 from delora.train import make_optimizer
 
@@ -54,8 +56,8 @@ def test_published_trajectory(shared, monkeypatch, trials, precision, device):
     if device == CUDA and trials == 1:
         fleet.compile_layers()
     for module in fleet.modules():
-        if hasattr(module, "rates"):
-            module.rates = (0.0,) * trials  # the published run has no dropout
+        if isinstance(module, Dropout):
+            module.p = 0.0  # the published run has no dropout
 
     def name_there(name):
         return name.replace("bert.encoder.layer.", "layer").replace(".attention.self", "").replace(".method", "")
@@ -87,20 +89,23 @@ def test_published_trajectory(shared, monkeypatch, trials, precision, device):
         assert (parameter[here].cpu() - reference).abs().max() <= bound * reference.abs().max(), name
 
 
-def tiny_data(fleet, loaded, rows=80) -> train.Data:
-    dataset = load(TASKS["mrpc"], source="synthetic", rows={"train": rows, "validation": 24})
-    tokens = {name: Tokens(part, loaded.tokenizer, 48, CPU, fleet.dtype) for name, part in dataset.splits.items()}
+def tiny_data(fleet, loaded, max_length=48) -> train.Data:
+    dataset = load(TASKS["mrpc"], source="synthetic", rows={"train": 80, "validation": 24})
+    tokens = {
+        name: Tokens(part, loaded.tokenizer, max_length, fleet.device, fleet.dtype)
+        for name, part in dataset.splits.items()
+    }
     orders = [torch.randperm(24, generator=torch.Generator().manual_seed(t.seed)) for t in fleet.trials]
     order_KS = torch.stack(orders)
     return train.Data(TASKS["mrpc"], tokens["train"], tokens["validation"], order_KS[:, :12], order_KS[:, 12:])
 
 
-def train_tiny(configs, listener=None, disturb=lambda fleet: None):
-    fleet, loaded = make_fleet(configs)
+def train_tiny(configs, listener=None, disturb=lambda fleet: None, device=CPU, max_length=48):
+    fleet, loaded = make_fleet(configs, device)
     listener = listener or Listener()
     listener.fleet = fleet
     disturb(fleet)
-    outcomes, _ = train.train(fleet, tiny_data(fleet, loaded), listener)
+    outcomes, _ = train.train(fleet, tiny_data(fleet, loaded, max_length), listener)
     return torch.tensor(listener.losses, dtype=torch.float64), outcomes, listener
 
 
@@ -215,6 +220,25 @@ def test_a_trial_that_diverges_leaves_the_other_seven_unchanged_to_the_bit(cause
         check_disturbed(monkeypatch, "delora", {}, {5: cause})
     else:
         check_disturbed(monkeypatch, "delora", {5: cause}, {})
+
+
+@needs_gpu
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+@each_method
+def test_recorded_steps_compute_what_single_kernels_do(method, precision, monkeypatch):
+    """Also where a trial diverges, the last batch is smaller, and the batches have several widths."""
+    recorded = []
+    record = Recorded._record
+    monkeypatch.setattr(Recorded, "_record", lambda self, *kind: recorded.append(kind) or record(self, *kind))
+    configs = eight_trials(method, precision, "epochs=4", "batch_size=12", "accumulation=1")
+    configs[2] = configs[2].model_copy(update={"lr": 1e30})
+    losses, outcomes, _ = train_tiny(configs, device=CUDA, max_length=250)
+    shapes = [shape for shape, _ in recorded]
+    assert len(set(shapes)) == 2 and len(shapes) > 2
+    one_by_one = lambda fleet: setattr(fleet, "recorded", False)  # noqa: E731
+    others, found, _ = train_tiny(configs, disturb=one_by_one, device=CUDA, max_length=250)
+    torch.testing.assert_close(losses, others, rtol=1e-5 if precision == "float32" else 1e-2, atol=0, equal_nan=True)
+    assert [o.diverged_step for o in outcomes] == [o.diverged_step for o in found]
 
 
 def test_accumulation_changes_no_result():

@@ -25,14 +25,19 @@ class Layout:
         position_KN: its position in the example, int32.
         first_KB: where an example's first token lies in its row, int64.
         length_KB: the example's tokens, int32.
-        span: at least the tokens of the longest example; each value is compiled for.
+        place_T: the positions in a row as long as the longest example or longer, int32. As a tensor's size that
+            length is one that code is not compiled for.
     """
 
     example_KN: Tensor
     position_KN: Tensor
     first_KB: Tensor
     length_KB: Tensor
-    span: int
+    place_T: Tensor
+
+    @property
+    def span(self) -> int:
+        return len(self.place_T)
 
 
 @dataclass
@@ -42,11 +47,9 @@ class Batch:
     inputs: dict[str, Tensor]
     labels_KB: Tensor
     layout: Layout
-    real_tokens: int
 
-    @property
-    def computed_tokens(self) -> int:
-        return self.inputs["input_ids"].numel()
+
+MULTIPLE = 32  # of tokens, where each width of a row costs something: on a GPU a graph is recorded for it
 
 
 class Tokens:
@@ -91,20 +94,35 @@ class Tokens:
     def __len__(self) -> int:
         return len(self.lengths_S)
 
-    def gather(self, index_KB: Tensor, packed: bool = True) -> Batch:
-        """The examples `index_KB` (int64, on the CPU), one after the other, or each padded to the longest."""
+    @property
+    def on_cpu(self) -> bool:
+        return self.labels_S.device.type == "cpu"
+
+    def width(self, index_KB: Tensor, packed: bool = True) -> tuple[int, int]:
+        """Tokens of a row that holds any trial's examples `index_KB` (on the CPU), and of the longest example."""
         lengths_KB = self.lengths_S[index_KB.numpy()]
-        longest, examples = int(lengths_KB.max()), index_KB.shape[1]
-        span = longest if self.labels_S.device.type == "cpu" else max(16, 1 << (self.longest - 1).bit_length())
+        longest = int(lengths_KB.max())
+        if not packed:
+            return index_KB.shape[1] * longest, longest
+        multiple = 1 if self.on_cpu else MULTIPLE
+        return -(-int(lengths_KB.sum(1).max()) // multiple) * multiple, longest
+
+    def gather(self, index_KB: Tensor, packed: bool = True, width: tuple[int, int] | None = None) -> Batch:
+        """The examples `index_KB` (int64), one after the other, or each padded to the longest.
+
+        `width` is what the method of that name says of them; it must be given where `index_KB` is not on the CPU.
+        """
+        tokens, longest = self.width(index_KB, packed) if width is None else width
+        examples = index_KB.shape[1]
+        span = longest if self.on_cpu else max(16, 1 << (self.longest - 1).bit_length())
         index = index_KB.to(self.labels_S.device, non_blocking=True)
         length_KB = self._length_S[index]
+        place_N = torch.arange(tokens, device=index.device)
         if packed:
             end_KB = length_KB.cumsum(1)
-            place_N = torch.arange(int(lengths_KB.sum(1).max()), device=index.device)
             example_KN = torch.searchsorted(end_KB, place_N.expand(len(index), -1).contiguous(), right=True)
         else:
             end_KB = length_KB + torch.arange(examples, device=index.device) * longest
-            place_N = torch.arange(examples * longest, device=index.device)
             example_KN = (place_N // longest).expand(len(index), -1)
         example_KN = example_KN.clamp(max=examples - 1)
         first_KB = end_KB - length_KB
@@ -117,8 +135,9 @@ class Tokens:
         if not packed:
             inputs["attention_mask"] = real_KN
             inputs = {name: tensor.view(-1, longest) for name, tensor in inputs.items()}
-        layout = Layout(example_KN.int(), position_KN.int(), first_KB, length_KB.int(), span)
-        return Batch(inputs, self.labels_S[index], layout, int(lengths_KB.sum()))
+        place_T = torch.arange(span, dtype=torch.int32, device=index.device)
+        layout = Layout(example_KN.int(), position_KN.int(), first_KB, length_KB.int(), place_T)
+        return Batch(inputs, self.labels_S[index], layout)
 
     def order_by_length(self, index_KS: Tensor) -> Tensor:
         """Columns (K, S) of `index_KS` that put each trial's short examples first, equal ones as they were."""

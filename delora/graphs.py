@@ -1,0 +1,61 @@
+"""Steps recorded as CUDA graphs.
+
+Starting a step's thousand kernels one by one takes the CPU longer than a GPU computes a few trials. A graph starts
+them all at once.
+"""
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+Widths = tuple[tuple[int, int], ...]  # of the parts of a batch, as `delora.data.batches.Tokens.width` gives them
+
+
+class Recorded:
+    """A function of tensors on a GPU, recorded once for each kind of its inputs and then replayed.
+
+    Args:
+        function: of (index_KB, step, widths); what it does on the GPU must depend on nothing else that a later call
+            changes, except on tensors that are changed in place. Called as it is for the first batch of each number of
+            examples, which has its kernels compiled.
+        device: the GPU.
+    """
+
+    def __init__(self, function: Callable[[Tensor, Tensor, Widths], Tensor], device: torch.device):
+        self._function, self._device = function, device
+        self._graphs: dict[tuple[torch.Size, Widths], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self._inputs: dict[torch.Size, Tensor] = {}
+        self._step = torch.zeros((), dtype=torch.int64, device=device)
+        self._pool = torch.cuda.graph_pool_handle()
+        self._can = True
+
+    def __call__(self, index_KB: Tensor, step: Tensor, widths: Widths) -> Tensor:
+        """What `function` returns; it stays until the next call."""
+        self._step.copy_(step, non_blocking=True)
+        shape = index_KB.shape
+        if shape not in self._inputs or not self._can:
+            self._inputs[shape] = index_KB.to(self._device)
+            return self._function(self._inputs[shape], self._step, widths)
+        self._inputs[shape].copy_(index_KB, non_blocking=True)
+        if (shape, widths) not in self._graphs:
+            try:
+                self._graphs[shape, widths] = self._record(shape, widths)
+            except torch.OutOfMemoryError:
+                raise
+            except RuntimeError as error:
+                logger.warning("kernels are started one by one, not as CUDA graphs: %s", str(error).splitlines()[0])
+                self._can = False
+                return self._function(self._inputs[shape], self._step, widths)
+        graph, output = self._graphs[shape, widths]
+        graph.replay()
+        return output
+
+    def _record(self, shape: torch.Size, widths: Widths) -> tuple[torch.cuda.CUDAGraph, Tensor]:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.device(self._device), torch.cuda.graph(graph, self._pool, capture_error_mode="thread_local"):
+            output = self._function(self._inputs[shape], self._step, widths)
+        return graph, output
