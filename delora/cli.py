@@ -64,6 +64,10 @@ def main() -> int:
         _start()
     except (UserError, OSError) as error:
         return _tell(error)
+    except SystemExit as end:
+        if isinstance(end.code, int):
+            return end.code
+        raise
     except KeyboardInterrupt as interruption:
         print(INTERRUPTION, file=sys.stderr)
         return getattr(interruption, "status", INTERRUPTED)

@@ -69,7 +69,7 @@ def main() -> int:
         if name not in sweeps:
             parser.error(f"--sweeps {name}: {expected(name, sweeps)}")
     if not (options.collect or options.report):
-        if not options.plan and (options.output / "trials.csv").exists():  # trained elsewhere: not again
+        if (options.output / "trials.csv").exists():  # trained elsewhere: not again
             for name, result, evaluations in restore(options.output):
                 write_trial(OUTPUTS / name / result["id"], result, evaluations)
         for name in options.sweeps.split(","):
@@ -115,7 +115,7 @@ def train(name: str, commands: Sequence[str], options: argparse.Namespace) -> in
             if status not in (0, cli.FAILED):
                 return status
         ran += commands
-        wider = beyond_the_edges() if name == "robust" and not options.plan else []
+        wider = beyond_the_edges() if name == "robust" else []
         commands = [words for words in wider if words not in ran]
     return status
 
