@@ -76,7 +76,7 @@ def test_published_trajectory(shared, monkeypatch, trials, precision, device):
     # The fleet ends with its best values; the reference holds the last ones.
     monkeypatch.setattr(train, "_better", lambda new, best, headline: True)
     listener = Listener()
-    train.train(fleet, train.Data(TASKS["mrpc"], tokens, tokens, in_file_order), listener)
+    train.train(fleet, train.Data(TASKS["mrpc"], tokens, tokens, in_file_order[:, :2]), listener)
 
     suffix, tighter = ("", 1) if precision == "float32" else ("_f64", 1e-6)
     losses = torch.tensor(listener.losses, dtype=torch.float64)[:, here]
@@ -89,7 +89,7 @@ def test_published_trajectory(shared, monkeypatch, trials, precision, device):
 
 def tiny_data(fleet, loaded, rows=80) -> train.Data:
     dataset = load(TASKS["mrpc"], source="synthetic", rows={"train": rows, "validation": 24})
-    tokens = {name: Tokens(part, loaded.tokenizer, 48, CPU, fleet.dtype) for name, part in dataset.splits.items()}
+    tokens = {name: Tokens(part, loaded.tokenizer, 24, CPU, fleet.dtype) for name, part in dataset.splits.items()}
     orders = [torch.randperm(24, generator=torch.Generator().manual_seed(t.seed)) for t in fleet.trials]
     order_KS = torch.stack(orders)
     return train.Data(TASKS["mrpc"], tokens["train"], tokens["validation"], order_KS[:, :12], order_KS[:, 12:])
@@ -112,7 +112,7 @@ each_method = pytest.mark.parametrize("method", METHODS)
 
 def eight_trials(method, precision, *more):
     """50 steps each; they differ in all that the trials of a fleet may differ in."""
-    common = [*METHODS[method], "model=tiny", f"precision={precision}", "batch_size=8", "epochs=5", "max_length=48"]
+    common = [*METHODS[method], "model=tiny", f"precision={precision}", "batch_size=8", "epochs=5", "max_length=24"]
     common += ["accumulation=2", "clip_norm=1", "log_every=1", *more]
     configs = []
     for k in range(8):
