@@ -1,7 +1,5 @@
 """The command `delora-run`. Imports neither torch nor transformers until a run starts."""
 
-import functools
-import gc
 import logging
 import os
 import re
@@ -174,7 +172,6 @@ def train(configs: "Sequence[DictConfig]", sweep: bool = True) -> list[float | N
         trials = [t.model_copy(update={"sweep": t.sweep or t.name, "name": None}) for t in trials]
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[ToStandardError()])
     require_all(trials)
-    _import_torch()
     if trials[0].plan:
         from delora.sweep import print_plan
 
@@ -191,17 +188,6 @@ def train(configs: "Sequence[DictConfig]", sweep: bool = True) -> list[float | N
     elif len(trials) == 1 and results[0] and results[0]["status"] == "diverged":
         outcome.status = DIVERGED
     return [_headline(result) for result in results]
-
-
-@functools.cache
-def _import_torch() -> None:
-    """Imports what trains: a million objects that stay, and that the garbage collector need not look through."""
-    gc.disable()
-    try:
-        import delora.sweep  # noqa: F401
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 class ToStandardError(logging.StreamHandler):
