@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -63,10 +64,14 @@ def begin(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subp
     return subprocess.Popen([*RUN, *arguments], cwd=cwd, env=environment, text=True, **pipes)
 
 
-def wait_for(process: subprocess.Popen[str], folders: Path, seconds: float = 60) -> None:
-    """Until training began in a folder of that pattern."""
+def logged(folders: Path) -> int:
+    """Bytes that training logged in the folders of that pattern."""
+    return sum(path.stat().st_size for path in folders.parent.glob(f"{folders.name}/metrics.jsonl"))
+
+
+def wait_for(process: subprocess.Popen[str], condition: Callable[[], object], seconds: float = 60) -> None:
     end = time.monotonic() + seconds
-    while not any(path.stat().st_size for path in folders.parent.glob(f"{folders.name}/metrics.jsonl")):
+    while not condition():
         assert time.monotonic() < end
         if process.poll() is not None:
             raise AssertionError(process.communicate()[1])
@@ -123,9 +128,9 @@ def test_jobs_are_composed_as_hydra_composes_them():
 
 
 def test_forty_trials_with_minilm(tmp_path):
-    words = ["-m", "model=minilm", "data=synthetic", "data.rows.train=16", "data.rows.validation=16", "epochs=1"]
-    words += ["batch_size=8", "method=delora,lora,dora,ether,etherplus", "lr_factor=0.5,1,2,4", "seed=42,43"]
-    words += ["name=forty", "logger=none"]
+    words = ["-m", "model=minilm", "data=synthetic", "data.rows.train=8", "data.rows.validation=8", "epochs=1"]
+    words += ["batch_size=4", "max_length=16", "method=delora,lora,dora,ether,etherplus", "lr_factor=0.5,1,2,4"]
+    words += ["seed=42,43", "name=forty", "logger=none"]
     planned = command(*words, "plan=true", cwd=tmp_path)
     assert "40 trials: 0 done, 40 to run in 5 fleets" in planned.stdout, planned.stderr
     assert not (tmp_path / "outputs").exists()
@@ -176,7 +181,7 @@ def undisturbed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     start = time.monotonic()
     process = begin(*SMALL, *QUICK, *GRID, *WANDB, cwd=folder)
-    wait_for(process, folder / "outputs" / "s" / "*")
+    wait_for(process, lambda: logged(folder / "outputs" / "s" / "*"))
     seconds = time.monotonic() - start
     _, errors = process.communicate(timeout=240)
     assert process.returncode == 0, errors
@@ -228,20 +233,22 @@ def test_killed_at_random_moments_the_results_are_the_same_to_the_bit(tmp_path, 
     assert kills["while training"]
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_first(tmp_path, number, status, whole):
-    words = [*SMALL, *QUICK, *GRID, "fleet.checkpoint_seconds=1000"]
-    process = begin(*words, cwd=tmp_path)
-    wait_for(process, tmp_path / "outputs" / "s" / "*delora*")
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == status, errors
-    assert "goes on from the last checkpoint" in errors and "Traceback" not in errors
-    [state] = (tmp_path / "outputs" / "s" / ".fleets").glob("*/state.safetensors")
-    assert load_file(state)["values"].shape[0] == 4
+def test_a_signal_saves_first(tmp_path, whole):
+    words, root = [*SMALL, *QUICK, *GRID, "fleet.checkpoint_seconds=1000"], tmp_path / "outputs" / "s"
+    for number, status in ((signal.SIGINT, 130), (signal.SIGTERM, 143)):
+        files, size = written(root), logged(root / "*delora*")
+        process = begin(*words, cwd=tmp_path)
+        wait_for(process, lambda size=size: logged(root / "*delora*") > size)
+        process.send_signal(number)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == status, errors
+        assert "goes on from the last checkpoint" in errors and "Traceback" not in errors
+        [state] = (root / ".fleets").glob("*/state.safetensors")
+        assert load_file(state)["values"].shape[0] == 4
+        assert written(root)[str(state)] != files.get(str(state))
     answer = command(*words, cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
-    assert scores(tmp_path / "outputs" / "s") == whole
+    assert scores(root) == whole
 
 
 def test_two_processes_share_a_sweep(tmp_path, whole):
@@ -316,7 +323,7 @@ def test_a_fleet_that_does_not_fit_into_memory_is_halved(tmp_path, plugin):
 def test_halves_go_on_where_the_fleet_was(tmp_path):
     words = [*SMALL, *QUICK, "-m", "method=delora", "lr_factor=0.5,2", "seed=1,2", "name=s"]
     process = begin(*words, cwd=tmp_path)
-    wait_for(process, tmp_path / "outputs" / "s" / "*")
+    wait_for(process, lambda: logged(tmp_path / "outputs" / "s" / "*"))
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=60)
     [kept] = (tmp_path / "outputs" / "s" / ".fleets").glob("*/trials.json")
@@ -336,10 +343,11 @@ def test_halves_go_on_where_the_fleet_was(tmp_path):
 
 
 def test_a_removed_folder_ends_its_trial_alone(tmp_path):
-    words = [*SMALL, "-m", "method=lora", "seed=1,2", "epochs=60", "log_every=1", "name=r"]
+    words = [*SMALL, "data.rows.train=32", "data.rows.validation=8", "epochs=60", "log_every=1", "name=r"]
+    words += ["-m", "method=lora", "seed=1,2"]
     process = begin(*words, cwd=tmp_path)
     root = tmp_path / "outputs" / "r"
-    wait_for(process, root / "*seed2*")
+    wait_for(process, lambda: logged(root / "*seed2*"))
     [folder] = root.glob("*seed1*")
     shutil.rmtree(folder)
     _, errors = process.communicate(timeout=120)
