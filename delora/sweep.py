@@ -110,16 +110,17 @@ def run(trials: Sequence[Trial]) -> list[Result | None]:
 
 def print_plan(trials: Sequence[Trial]) -> None:
     """What `run` would do: trials, fleets, memory and time, on standard output. Trains nothing and writes nothing."""
-    _import_torch()
-    from delora import cost
-    from delora.run import choose_device, prepare
-
     sweep = Sweep(trials)
     missing = sweep.missing()
+    if missing:
+        _import_torch()
     groups = plan(missing, sweep.trials)
     total, known = 0.0, True
     table = Table("fleet", "trials", "", "memory", "time", box=None, pad_edge=False)
     for number, group in enumerate(groups, start=1):
+        from delora import cost
+        from delora.run import choose_device, prepare
+
         trial, tokens = group.trials[0], prepare(group.trials[0])[1]
         seconds = _seconds(group, sweep, tokens)
         total, known = total + (seconds or 0), known and seconds is not None

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import OFFLINE, RUN, SMALL, command, compose_trial
+from conftest import FEW, OFFLINE, RUN, SMALL, command, compose_trial
 from hydra import initialize_config_dir
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
@@ -159,15 +159,16 @@ def test_forty_trials_with_minilm(tmp_path):
 
 
 def test_the_same_name_with_another_config_is_refused_with_the_difference(tmp_path):
-    assert command(*SMALL, "-m", "method=lora", "seed=1,2", "epochs=1", "name=s", cwd=tmp_path).returncode == 0
-    changed = command(*SMALL, "-m", "method=lora", "seed=1,2", "epochs=2", "method.rank=4", "name=s", cwd=tmp_path)
+    words = [*SMALL, *FEW, "-m", "method=lora", "name=s"]
+    assert command(*words, "seed=1,2", "epochs=1", cwd=tmp_path).returncode == 0
+    changed = command(*words, "seed=1,2", "epochs=2", "method.rank=4", cwd=tmp_path)
     assert changed.returncode == 2 and "Traceback" not in changed.stderr
     assert "epochs: 1 → 2" in changed.stderr and "method.rank: 8 → 4" in changed.stderr
     assert "resume=force" in changed.stderr
-    words = [*SMALL, "-m", "method=lora", "epochs=1,2", "lr_factor=2", "seed=3", "name=s"]
-    grown = command(*words, cwd=tmp_path)  # other seeds, rates and more values are no change
+    # other seeds, rates and more values are no change
+    grown = command(*words, "epochs=1,2", "lr_factor=2", "seed=3", cwd=tmp_path)
     assert grown.returncode == 0, grown.stderr
-    forced = command(*SMALL, "-m", "method=lora", "seed=1,2", "epochs=3", "name=s", "resume=force", cwd=tmp_path)
+    forced = command(*words, "seed=1,2", "epochs=3", "resume=force", cwd=tmp_path)
     assert forced.returncode == 0, forced.stderr
     assert len(results.find(tmp_path / "outputs" / "s").trials) == 6
 
@@ -294,7 +295,7 @@ def plugin(tmp_path):
 
 
 def test_a_trial_that_fails_leaves_the_others_alone(tmp_path, plugin):
-    words = [*SMALL, "--config-dir", "conf", "-m", "method=fails", "method.alpha=8,9,13,10", "name=f"]
+    words = [*SMALL, *FEW, "--config-dir", "conf", "-m", "method=fails", "method.alpha=8,9,13,10", "name=f"]
     answer = command(*words, cwd=tmp_path, env=plugin)
     assert answer.returncode == 1 and "Traceback" not in answer.stderr
     assert "failed: ZeroDivisionError: thirteen" in answer.stderr and "failed: outputs/f/" in answer.stdout
@@ -313,7 +314,7 @@ def test_a_trial_that_fails_leaves_the_others_alone(tmp_path, plugin):
 
 
 def test_a_fleet_that_does_not_fit_into_memory_is_halved(tmp_path, plugin):
-    words = [*SMALL, "--config-dir", "conf", "-m", "method=large", "seed=range(5)", "name=m"]
+    words = [*SMALL, *FEW, "--config-dir", "conf", "-m", "method=large", "seed=range(5)", "name=m"]
     answer = command(*words, cwd=tmp_path, env=plugin)
     assert answer.returncode == 0, answer.stderr
     assert "5 trials together do not fit into memory" in answer.stderr
@@ -343,7 +344,7 @@ def test_halves_go_on_where_the_fleet_was(tmp_path):
 
 
 def test_a_removed_folder_ends_its_trial_alone(tmp_path):
-    words = [*SMALL, "data.rows.train=32", "data.rows.validation=8", "epochs=60", "log_every=1", "name=r"]
+    words = [*SMALL, *FEW, "epochs=60", "log_every=1", "name=r"]
     words += ["-m", "method=lora", "seed=1,2"]
     process = begin(*words, cwd=tmp_path)
     root = tmp_path / "outputs" / "r"
@@ -365,7 +366,7 @@ def test_under_other_launchers_each_job_is_a_fleet_of_one(tmp_path, launcher):
         pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")
     more = ["hydra.launcher.n_jobs=2"] if launcher == "joblib" else []
     answer = command(
-        *SMALL, "-m", "method=lora", "seed=1,2", "name=o", f"hydra/launcher={launcher}", *more, cwd=tmp_path
+        *SMALL, *FEW, "-m", "method=lora", "seed=1,2", "name=o", f"hydra/launcher={launcher}", *more, cwd=tmp_path
     )
     assert answer.returncode == 0, answer.stderr
     found = results.find(tmp_path / "outputs" / "o").trials
@@ -374,7 +375,7 @@ def test_under_other_launchers_each_job_is_a_fleet_of_one(tmp_path, launcher):
 
 def test_optuna_receives_the_headline_score_in_batches(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
-    words = [*SMALL, "-m", "method=lora", "hydra/sweeper=optuna", "hydra.sweeper.sampler.seed=2", "name=t"]
+    words = [*SMALL, *FEW, "-m", "method=lora", "hydra/sweeper=optuna", "hydra.sweeper.sampler.seed=2", "name=t"]
     words += ["hydra.sweeper.n_trials=4", "hydra.sweeper.n_jobs=2", "lr=choice(1e-4,1e-3,1e-2,1e30)"]
     words += ["hydra.sweeper.storage=sqlite:///study.db", "hydra.sweeper.study_name=t"]
     answer = command(*words, cwd=tmp_path)
