@@ -1,4 +1,4 @@
-"""The GLUE metrics as one `evaluate` Metric a task, computed on this machine: no script is fetched, no file written.
+"""The GLUE metrics, also as one `evaluate` Metric a task, computed on this machine: no script fetched, no file written.
 
 All values are fractions, not percents, and equal scikit-learn's and SciPy's. Constant predictions give what those give:
 Matthews and F1 are 0, the correlations are NaN, being undefined. So are correlations of predictions that are not
@@ -30,13 +30,12 @@ def score(task: Task, predictions: np.ndarray, labels: np.ndarray) -> dict[str, 
     """
     if predictions.shape != labels.shape or len(labels) == 0:
         raise ValueError(f"predictions of shape {predictions.shape} for labels of shape {labels.shape}")
-    # `compute` first gathers batches in an Arrow table, ten times the metrics' own work; here all rows are at hand.
-    return metric(task.name)._compute(predictions=predictions, references=labels)
+    return _values(task, predictions, labels)
 
 
 @functools.cache
 def metric(task_name: str) -> "evaluate.Metric":
-    """The metrics of a task as `evaluate` knows them. Imports `evaluate`, which takes seconds, at the first call."""
+    """What `score` computes, as a Metric of `evaluate`. Imports `evaluate`, which takes seconds, at the first call."""
     import datasets
     import evaluate
 
@@ -55,11 +54,14 @@ def metric(task_name: str) -> "evaluate.Metric":
             return ""  # rows are kept in memory, so the folder that processes would share is not made
 
         def _compute(self, predictions: np.ndarray, references: np.ndarray) -> dict[str, float]:
-            measure = _of_classes if task.labels else _of_scores
-            values = measure(np.asarray(predictions), np.asarray(references))
-            return {name: values[name] for name in task.metrics}
+            return _values(task, np.asarray(predictions), np.asarray(references))
 
     return Glue(config_name=task.name, keep_in_memory=True, seed=0)
+
+
+def _values(task: Task, predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    values = (_of_classes if task.labels else _of_scores)(predictions, labels)
+    return {name: values[name] for name in task.metrics}
 
 
 def _of_classes(predictions: np.ndarray, labels: np.ndarray) -> dict[str, float]:

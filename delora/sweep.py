@@ -1,11 +1,14 @@
 """Sweeps: trials that may share a fleet are trained together, whatever is finished is kept, nothing runs twice.
 
+Imports torch only where there is something to train, so that a command whose trials are all done answers at once.
+
     <sweep>/<trial>/            a trial's folder, see delora/results.py
     <sweep>/.fleets/<fleet>/    trials.json: which trials train together; state.safetensors: how far they are
 
 A fleet that was interrupted goes on with the same trials, so that its numbers are those of an undisturbed run.
 """
 
+import functools
 import gc
 import hashlib
 import json
@@ -19,19 +22,20 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
-import torch
 from rich.console import Console as Rich
 from rich.table import Table
 
-from delora import cost, results
+from delora import results
 from delora.config import NOT_THE_TRIAL, Trial
 from delora.console import Console, duration
-from delora.data.batches import Tokens
 from delora.errors import UserError
 from delora.results import ConfigChanged, InUse, Result, ResultsError, TrialFolder
-from delora.run import choose_device, prepare, read_state, run_fleet, write_state
 from delora.tracking import Tracking
+
+if TYPE_CHECKING:
+    from delora.data.batches import Tokens
 
 FLEETS, TRIALS, STATE = ".fleets", "trials.json", "state.safetensors"
 AXES = ("seed", "lr", "lr_factor", "lr_factor_on")  # along which a sweep may grow
@@ -73,6 +77,8 @@ class Group:
 
     def halves(self) -> "tuple[Group, Group]":
         """The group in two, each with its part of the state."""
+        from delora.run import read_state, write_state
+
         middle = (len(self.trials) + 1) // 2
         first, second = Group(self.trials[:middle]), Group(self.trials[middle:])
         stored = read_state(self.state)
@@ -106,10 +112,15 @@ def print_plan(trials: Sequence[Trial]) -> None:
     """What `run` would do: trials, fleets, memory and time, on standard output. Trains nothing and writes nothing."""
     sweep = Sweep(trials)
     missing = sweep.missing()
+    if missing:
+        _import_torch()
     groups = plan(missing, sweep.trials)
     total, known = 0.0, True
     table = Table("fleet", "trials", "", "memory", "time", box=None, pad_edge=False)
     for number, group in enumerate(groups, start=1):
+        from delora import cost
+        from delora.run import choose_device, prepare
+
         trial, tokens = group.trials[0], prepare(group.trials[0])[1]
         seconds = _seconds(group, sweep, tokens)
         total, known = total + (seconds or 0), known and seconds is not None
@@ -129,12 +140,27 @@ def print_plan(trials: Sequence[Trial]) -> None:
     )
 
 
-def _seconds(group: Group, sweep: "Sweep", tokens: Mapping[str, Tokens]) -> float | None:
+def _seconds(group: Group, sweep: "Sweep", tokens: "Mapping[str, Tokens]") -> float | None:
     """As long as a finished fleet of the same company took, or else estimated."""
     for folder, result in sweep.found.items():
         if sweep.trials[folder].company == group.trials[0].company:
             return result["seconds"]["total"] * len(group.trials) / result["fleet_size"]
+    from delora import cost
+    from delora.run import choose_device
+
     return cost.seconds(group.trials, tokens, choose_device(group.trials[0].device))
+
+
+@functools.cache
+def _import_torch() -> None:
+    """Imports what trains: a million objects that stay, and that the garbage collector need not look through."""
+    gc.disable()
+    try:
+        import delora.cost
+        import delora.run  # noqa: F401
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 class Sweep:
@@ -157,6 +183,8 @@ class Sweep:
 
     def run(self) -> list[Result | None]:
         missing = self.missing()
+        if missing:
+            _import_torch()
         config = next(iter(self.trials.values()))
         tracking = Tracking(config.logger.mode if missing else "disabled", config.logger.project)
         with (
@@ -201,6 +229,10 @@ class Sweep:
 
     def _train(self, group: Group) -> None:
         """Trains a group; one that does not fit into memory, or fails, is tried in halves."""
+        import torch
+
+        from delora.run import run_fleet
+
         too_large = False
         with ExitStack() as opened:
             folders = []
@@ -309,11 +341,16 @@ def plan(missing: Sequence[Trial], known: Mapping[Path, Trial]) -> list[Group]:
 
 
 def _largest(trial: Trial) -> int:
+    from delora import cost
+    from delora.run import choose_device, prepare
+
     return cost.largest_fleet(trial, prepare(trial)[1], choose_device(trial.device))
 
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception says that memory is used up, on any device."""
+    import torch
+
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 

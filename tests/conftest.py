@@ -1,10 +1,12 @@
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
 
 from delora.cli import conf_folder
 from delora.config import Trial
@@ -32,8 +34,22 @@ def compose_trial(*overrides: str) -> Trial:
         return Trial.from_config(compose("config", overrides=list(overrides)))
 
 
+def compose_trials(common: Iterable[str], values: Iterable[dict[str, object]]) -> list[Trial]:
+    """Trials that differ in values by dotted key; composed once, which is what takes time."""
+    with initialize_config_dir(str(conf_folder()), version_base="1.3"):
+        composed = compose("config", overrides=list(common))
+    trials = []
+    for own in values:
+        config = composed.copy()
+        for key, value in own.items():
+            OmegaConf.update(config, key, value)
+        trials.append(Trial.from_config(config))
+    return trials
+
+
 SMALL = ["model=tiny", "data=synthetic", "data.rows.train=64", "data.rows.validation=40", "logger=none"]
 SMALL += ["epochs=2", "batch_size=16", "max_length=64", "device=cpu"]
+FEW = ["data.rows.train=16", "data.rows.validation=16"]  # after SMALL, where no score matters
 RUN = [sys.executable, "-m", "delora.cli"]
 OFFLINE = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
 

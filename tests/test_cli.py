@@ -82,6 +82,8 @@ def test_answers_about_configs_are_quick_and_import_nothing_heavy(delora_run, tm
         answer = command(delora_run, *flags, cwd=tmp_path)
         seconds.append(time.monotonic() - begun)
         assert answer.returncode == 0, answer.stderr
+        if seconds[-1] < 1.5:
+            break
     assert min(seconds) < 1.5
     line = [str(delora_run.with_name("python")), "-X", "importtime", str(delora_run), *flags]
     told = subprocess.run(line, cwd=tmp_path, env=environment(), capture_output=True, text=True, check=True)
@@ -171,7 +173,11 @@ def test_a_run_and_what_the_same_name_does_afterwards(delora_run, tmp_path):
     stored = results.read(tmp_path / "outputs" / "a")
     assert stored.result["status"] == "done" and stored.result["made_by"]["data"]["source"] == "synthetic"
     assert stored.result["made_by"]["commit"] is None  # a wheel knows none
-    assert [line["epoch"] for line in stored.evaluations()] == [0, 1, 2]
+    assert stored.result["best"]["test"]["accuracy"] >= 0
+    evaluations = list(stored.evaluations())
+    assert [line["epoch"] for line in evaluations] == [0, 1, 2]
+    assert set(evaluations[0]["distance"].values()) == {0.0} and min(evaluations[2]["distance"].values()) > 0
+    assert set(evaluations[0]["lambda"].values()) == {4.0}
     assert not (tmp_path / "multirun").exists() and [p.name for p in tmp_path.iterdir()] == ["outputs"]
 
     files = {p: p.stat().st_mtime_ns for p in (tmp_path / "outputs").rglob("*") if p.is_file()}
@@ -208,7 +214,7 @@ def test_a_diverged_trial_is_recorded_and_ends_with_status_3(delora_run, tmp_pat
 
 
 def test_ctrl_c_in_training_leaves_no_result_and_the_same_command_finishes(delora_run, tmp_path):
-    words, folder = [*TINY, "epochs=30", "name=c"], tmp_path / "outputs" / "c"
+    words, folder = [*TINY, "epochs=12", "name=c"], tmp_path / "outputs" / "c"
     with start(delora_run, *words, cwd=tmp_path) as process:
         metrics, scored = folder / "metrics.jsonl", '"kind": "evaluation", "epoch": 1,'
         while not (metrics.exists() and scored in metrics.read_text()):
@@ -222,8 +228,8 @@ def test_ctrl_c_in_training_leaves_no_result_and_the_same_command_finishes(delor
     answer = command(delora_run, *words, cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
     stored = results.read(folder)
-    assert stored.result["status"] == "done" and stored.result["steps"] == 120
-    assert [line["epoch"] for line in stored.evaluations()] == list(range(31))
+    assert stored.result["status"] == "done" and stored.result["steps"] == 48
+    assert [line["epoch"] for line in stored.evaluations()] == list(range(13))
 
 
 @pytest.mark.parametrize("seconds", [0.3, 1.0, 2.5])  # Hydra's imports, torch's, the model's

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import OFFLINE, SMALL, command, compose_trial
+from conftest import FEW, OFFLINE, SMALL, command, compose_trial
 
 from delora import results
 from delora.cli import conf_folder
@@ -109,7 +109,7 @@ FIGURES = re.findall(r"^(delora-run -m .+?) +# (Fig\. \d)", (ROOT / "README.md")
 def test_a_figure_s_command_draws_its_curves(tmp_path, line, figure):
     """The README's commands, cut to few rows and epochs."""
     words = [word for word in shlex.split(line)[1:] if not word.startswith("seed=")]
-    answer = command(*words, *SMALL, "seed=1", cwd=tmp_path)
+    answer = command(*words, *SMALL, *FEW, "seed=1", cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
     [root] = (tmp_path / "outputs").iterdir()
     factors = ["--factor", "4"] if figure == "Fig. 3" else []

@@ -14,18 +14,6 @@ from delora.tasks import TASKS
 from delora.train import predict
 
 
-def test_a_run_leaves_a_whole_result(tmp_path):
-    first = command(*SMALL, "name=a", cwd=tmp_path)
-    assert first.returncode == 0, first.stderr
-    assert "synthetic" in first.stdout and "outputs/a" in first.stdout
-    stored = results.read(tmp_path / "outputs" / "a")
-    assert stored.result["status"] == "done" and stored.result["best"]["test"]["accuracy"] >= 0
-    evaluations = list(stored.evaluations())
-    assert [line["epoch"] for line in evaluations] == [0, 1, 2]
-    assert set(evaluations[0]["distance"].values()) == {0.0} and min(evaluations[2]["distance"].values()) > 0
-    assert set(evaluations[0]["lambda"].values()) == {4.0}
-
-
 @pytest.mark.parametrize("method", ["delora", "dora", "etherplus"])
 def test_a_loaded_model_gives_the_scored_logits_exactly(tmp_path, method):
     trial = compose_trial(*SMALL, f"method={method}", f"output_dir={tmp_path}", "name=x")

@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, command
+from conftest import FEW, SMALL, command
 
 from delora import tracking
 from delora.tracking import Tracking, run_id
 
 CONFIG = {"lr": 1e-3, "method": {"name": "delora", "betas": [0.9, 0.999]}}
+WANDB = ["logger=wandb", "logger.mode=offline"]
 ROOT = Path(tracking.__file__).parents[1]
 
 
@@ -444,7 +445,7 @@ def test_a_killed_trainer_leaves_failed_runs_and_no_process(tmp_path, kind):
 
 
 def test_a_sweeps_summary_run_shows_the_curves_of_the_results_on_disk(tmp_path):
-    words = [*SMALL, "logger=wandb", "logger.mode=offline", "method=lora,head", "lr_factor=1,4", "seed=42,43", "name=s"]
+    words = [*SMALL, *FEW, *WANDB, "method=lora,head", "lr_factor=1,4", "seed=42,43", "name=s"]
     assert command("-m", *words, cwd=tmp_path).returncode == 0
     sweep = tmp_path / "outputs" / "s"
     run = Run(sweep, "*summary*")
@@ -477,7 +478,7 @@ def test_a_sweeps_summary_run_shows_the_curves_of_the_results_on_disk(tmp_path):
 def test_no_summary_changes_nothing(tmp_path):
     """A broken Matplotlib, as an example of what may go wrong there."""
     (tmp_path / "matplotlib.py").write_text("raise ImportError('broken')")
-    words = [*SMALL, "logger=wandb", "logger.mode=offline", "method=lora", "lr_factor=1,4", "name=s"]
+    words = [*SMALL, *FEW, *WANDB, "method=lora", "lr_factor=1,4", "name=s"]
     ended = command("-m", *words, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)})
     assert ended.returncode == 0, ended.stderr
     assert "no summary of" in ended.stderr and "results are not affected" in ended.stderr
