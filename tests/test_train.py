@@ -116,8 +116,8 @@ each_method = pytest.mark.parametrize("method", METHODS)
 
 
 def eight_trials(method, precision, *more):
-    """30 steps each; they differ in all that the trials of a fleet may differ in."""
-    common = [*METHODS[method], "model=tiny", f"precision={precision}", "batch_size=8", "epochs=3", "max_length=24"]
+    """50 steps each; they differ in all that the trials of a fleet may differ in."""
+    common = [*METHODS[method], "model=tiny", f"precision={precision}", "batch_size=8", "epochs=5", "max_length=24"]
     common += ["accumulation=2", "clip_norm=1", "log_every=1", *more]
     values = []
     for k in range(8):
@@ -138,7 +138,7 @@ def eight_trials(method, precision, *more):
 def test_a_trial_in_a_fleet_is_the_trial_alone(method, precision):
     configs = eight_trials(method, precision)
     losses, outcomes, _ = train_tiny(configs)
-    assert losses.shape == (30, 8)
+    assert losses.shape == (50, 8)
     for some in ([1, 4, 7], [0], [6]):
         others, found, _ = train_tiny([configs[k] for k in some])
         relative = ((losses[:, some] - others).abs() / others).max()
