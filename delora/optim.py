@@ -94,6 +94,11 @@ class FleetAdamW:
         """The trials' learning rates (K,) in `step`."""
         return self.lr_K * self.schedule(step)
 
+    def clear(self) -> None:
+        """Forgets the parameters' gradients."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
     @torch.no_grad()
     def step(self, step: Tensor) -> None:
         """Updates the trials that are alive from the parameters' gradients, then clears these.
@@ -101,8 +106,7 @@ class FleetAdamW:
         `step` (int64) counts from 0. It is read on its device, so that a recorded update serves for every step.
         """
         torch._foreach_copy_(self._gradient_views, [p.grad for p in self._parameters if p.grad is not None])
-        for parameter in self._parameters:
-            parameter.grad = None
+        self.clear()
         if self.clip_norm is not None:
             norm_K = self.gradients.norm(dim=1)
             self.gradients *= (self.clip_norm / (norm_K + 1e-6)).clamp(max=1)[:, None]

@@ -218,6 +218,7 @@ class Step:
 
     def _compute(self, index_KB: Tensor, step: Tensor, widths: Widths) -> Tensor:
         fleet, optimizer, examples, first = self.fleet, self.state.optimizer, index_KB.shape[1], 0
+        optimizer.clear()  # a recording that failed may have left some
         loss_K = torch.zeros(len(index_KB), dtype=fleet.dtype, device=fleet.device)
         for part_KB, width in zip(self._parts(index_KB), widths, strict=True):
             batch = self.tokens.gather(part_KB, fleet.packs, width)
