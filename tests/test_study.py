@@ -3,6 +3,8 @@
 import csv
 import importlib.util
 import itertools
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -59,3 +61,12 @@ def test_every_config_of_the_study_is_planned(study):
     words = " ".join(itertools.chain(*study.planned().values()))
     for path in (conf_folder() / "experiment" / "study").glob("*.yaml"):
         assert f"study/{path.stem}" in words
+
+
+def test_a_plan_is_of_every_sweep(tmp_path):
+    words = ["--plan", "--sweeps", "parts,magnitude", "--output", "none", "data=synthetic", "model=tiny"]
+    command = [sys.executable, ROOT / "scripts" / "study.py", *words]
+    answer = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert answer.returncode == 0, answer.stderr
+    assert "80 trials: 0 done, 80 to run" in answer.stdout and "40 trials: 0 done, 40 to run" in answer.stdout
+    assert not any(tmp_path.iterdir())
