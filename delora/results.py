@@ -662,7 +662,7 @@ def provenance(*, device: str, precision: str, determinism: Mapping[str, Any], d
         "python": platform.python_version(),
         **{package: _version(package) for package in PACKAGES},
         "os": platform.platform(),
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "device": device,
         "precision": precision,
@@ -681,7 +681,8 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _cpu() -> str:
+def cpu_name() -> str:
+    """As the processor calls itself."""
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

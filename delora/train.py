@@ -23,7 +23,7 @@ from delora.tasks import Task
 
 MISMATCHED = "accuracy_mm"
 VALIDATION = "validation"
-EXAMPLES_ON_CPU = 8  # of each trial at once
+EXAMPLES_ON_CPU = 8  # of each trial at once, of a trial alone twice as many
 
 
 @dataclass
@@ -213,7 +213,7 @@ class Step:
     def _parts(self, index_KB: Tensor) -> Sequence[Tensor]:
         size = -(-index_KB.shape[1] // self.fleet.trials[0].accumulation)
         if self.tokens.on_cpu:  # starting an operation costs nothing there
-            size = min(size, EXAMPLES_ON_CPU)
+            size = min(size, EXAMPLES_ON_CPU * (2 if len(index_KB) == 1 else 1))
         return index_KB.split(size, dim=1)
 
     def _compute(self, index_KB: Tensor, step: Tensor, widths: Widths) -> Tensor:

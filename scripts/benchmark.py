@@ -3,26 +3,29 @@
 All train the same method on the same batches in the same order, dropout on, in turns within one process, so that
 the machine's mood is the same for all. PEFT pads each batch to its longest example, its loops are measured plain and,
 on a GPU, compiled. Two floors, which are the frozen encoder's forward and the backward through its activations: as
-transformers computes padded batches, and as delora computes packed ones.
+transformers computes padded batches, and as delora computes packed ones. Turns are taken, each row after the other,
+while the minutes last.
 """
 
 import argparse
 import contextlib
 import gc
 import importlib.metadata
+import itertools
 import json
 import math
 import os
-import platform
+import re
 import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import peft
 import torch
@@ -32,19 +35,49 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from delora import pretrained, run
+from delora import attention, pretrained, results, run
 from delora.cli import conf_folder
 from delora.config import Trial
 from delora.data.batches import epoch_order
 from delora.model import Fleet
+from delora.randomness import Dropout
 from delora.tasks import TASKS
 from delora.train import Data, State, Totals, predict, train
 
 SEEDS = 4  # of a fleet, whose trials else differ in their rates: a sweep of factors and seeds
-WARMUP = 5  # steps that are not counted; of delora on a GPU, which records steps as they come, the first epoch
+WARMUP = 3  # steps that are not counted; of delora on a GPU, which records steps as they come, the first epoch
+PROFILED = 3  # steps
 BYTES_IN_MAXRSS = 1 if sys.platform == "darwin" else 1024
 H100_BF16 = 989e12  # multiplications and additions a second of its matrix units, dense (the vendor's data sheet)
-ALONE = ("floor", "packed floor", "peft", "peft compiled", "trainer", "trainer compiled")  # one trial each
+ALONE = ("packed floor", "trainer", "peft", "floor", "peft compiled", "trainer compiled")  # one trial each
+WITHOUT = ("packing", "pruning", "compiling", "graphs", "kernel")
+# What is aimed at, by device: a figure of `ratios`, what it means, whether more of it is better, and how much.
+GOALS = {
+    "cpu": [
+        ("trainer", "a trial's speed over PEFT with the Trainer's", True, 2.5),
+        ("floor", "a trial's step over the frozen encoder's, packed", False, 1.15),
+    ],
+    "cuda": [
+        ("trainer epoch", "trials an hour over PEFT with the Trainer", True, 50),
+        ("peft epoch", "trials an hour over PEFT in a bare loop", True, 20),
+        ("matrix limit", "share of the bf16 matrix limit, real tokens only", True, 0.5),
+        ("tokens", "tokens computed for each real one", False, 1.05),
+        ("eight", "a step of 8 trials over one of 1", False, 1.1),
+        ("floor", "the slowest method's step over the frozen encoder's, packed", False, 1.15),
+        ("start", "seconds of compiling and warming up", False, 45),
+        ("cached start", "the same with a cache", False, 15),
+    ],
+}
+# Kinds of work, by the names of torch's operations on a CPU and of kernels on a GPU; the first that matches.
+WORK = {
+    "attention kernel": r"attend|backward_kernel",
+    "matrix products": r"mm$|gemm|cutlass|nvjet|wgmma|splitk",
+    "softmax, norms, GELU": r"softmax|layer_norm|gelu",
+    "hashing for dropout": r"shift|bitwise|xor|::lt$",
+    "moving": r"copy|index|gather|scatter|Memcpy|Memset|cat$|_to_copy|fill",
+    "fused by the compiler": r"triton",
+    "other arithmetic": r"aten::|elementwise|reduce|foreach|multi_tensor|cub|norm",
+}
 LABELS = {
     "floor": "frozen encoder, padded",
     "packed floor": "frozen encoder, packed",
@@ -62,13 +95,16 @@ def main() -> None:
     parser.add_argument("--random", action="store_true", help="random weights in its shape, MiniLM's tokenizer")
     parser.add_argument("--method", default="lora", choices=("lora", "delora"), help="those that PEFT has too")
     parser.add_argument("--methods", nargs="*", default=[], help="more methods, measured with the largest fleet")
+    parser.add_argument("--without", nargs="*", default=[], choices=WITHOUT, help="the largest fleet, each left out")
+    parser.add_argument("--profile", action="store_true", help="where the time of the largest fleet's steps goes")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--trials", type=int, nargs="+", default=[1, 8], help="sizes of fleets")
     parser.add_argument("--rows", nargs="+", default=ALONE, choices=ALONE, help="what to measure beside delora")
-    parser.add_argument("--steps", type=int, default=20, help="of each turn, counted after warming up")
-    parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=6, help="of each turn, counted after warming up")
+    parser.add_argument("--turns", type=int, default=5, help="at most")
+    parser.add_argument("--minutes", type=float, default=6, help="after which nothing but delora's own sizes is begun")
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--alone", help=argparse.SUPPRESS)  # one measurement in a process of its own: peak, start
     options = parser.parse_args()
@@ -78,13 +114,16 @@ def main() -> None:
         return
     bench = Benchmark(options)
     figures = bench.measure()
+    if options.profile:
+        figures["profile_seconds"] = bench.profile()
     if not bench.compiles:
-        figures["peak_bytes"] = {str(size): apart(f"peak:{size}") for size in sorted({1, 2, 4, *options.trials})}
+        figures["peak_bytes"] = {str(size): apart(f"peak:{size}") for size in sorted({1, max(options.trials)})}
     else:
         figures["peak_bytes"] = {str(size): peak for size, peak in bench.peaks.items()}
         with tempfile.TemporaryDirectory() as folder:  # an empty cache, then the same again
             caches = {"TORCHINDUCTOR_CACHE_DIR": f"{folder}/inductor", "TRITON_CACHE_DIR": f"{folder}/triton"}
             figures["start_seconds"] = [apart(f"start:{max(options.trials)}", caches) for _ in range(2)]
+    figures["achieved"] = achieved(figures, bench)
     report(figures, bench)
     bench.keep(figures)
 
@@ -102,10 +141,12 @@ class Enough(Exception):
 
 
 class Clock:
-    """Listens to the loop, and ends it after so many steps."""
+    """Listens to the loop, and ends it after so many steps; `begin` is called before the first that counts."""
 
-    def __init__(self, device: torch.device, steps: int, warmup: int = WARMUP):
-        self.device, self.steps, self.warmup = device, steps, warmup
+    def __init__(
+        self, device: torch.device, steps: int, warmup: int = WARMUP, begin: Callable[[], object] = lambda: None
+    ):
+        self.device, self.steps, self.warmup, self.begin = device, steps, warmup, begin
         self.ticks, self.start, self.end = 0, 0.0, 0.0
         self.totals = Totals()
 
@@ -113,6 +154,7 @@ class Clock:
         """A step is over."""
         self.ticks += 1
         if self.ticks == self.warmup:
+            self.begin()
             self.start = self.now()
         elif self.ticks == self.warmup + self.steps:
             self.end = self.now()
@@ -160,6 +202,8 @@ class Benchmark:
         self.steps_per_epoch = math.ceil(len(self.tokens["train"]) / options.batch_size)
         self.scored = torch.arange(len(self.tokens["validation"]) // 2)  # as many rows as with protocol=paper
         self.peaks: dict[int, int] = {}
+        self.left_out: list[str] = []  # for want of time
+        self.end = time.monotonic() + 60 * options.minutes
 
     def measure(self) -> dict[str, Any]:
         options = self.options
@@ -173,14 +217,19 @@ class Benchmark:
         }
         largest = max(options.trials)
         rows = {f"delora {k}": (lambda k=k: self.delora(k)) for k in options.trials}
-        rows |= {name: every[name] for name in options.rows if self.compiles or "compiled" not in name}
         rows |= {f"{name} {largest}": (lambda name=name: self.delora(largest, name)) for name in options.methods}
-        seconds: dict[str, list[float]] = {name: [] for name in rows}
-        for turn in range(options.turns):
-            for name, measured in rows.items():
-                seconds[name].append(measured())
-                self.keep(self.figures(seconds))
-                print(f"turn {turn + 1}, {name}: {1e3 * seconds[name][-1]:.1f} ms", file=sys.stderr, flush=True)
+        rows |= {name: every[name] for name in options.rows if self.compiles or "compiled" not in name}
+        rows |= {
+            f"no {what} {largest}": (lambda what=what: self.delora(largest, without=what)) for what in options.without
+        }
+        seconds: dict[str, list[float]] = {}
+        for turn, (name, measured) in itertools.product(range(options.turns), rows.items()):
+            if time.monotonic() > self.end and f"delora {options.trials[-1]}" in seconds:
+                self.left_out = [row for row in rows if row not in seconds]
+                break
+            seconds.setdefault(name, []).append(measured())
+            self.keep(self.figures(seconds))
+            print(f"turn {turn + 1}, {name}: {1e3 * seconds[name][-1]:.1f} ms", file=sys.stderr, flush=True)
         return self.figures(seconds)
 
     def keep(self, figures: dict[str, Any]) -> None:
@@ -195,7 +244,7 @@ class Benchmark:
             "steps": options.steps,
             "epoch_seconds": self.epochs,
             "tokens": {"real": tokens.real_tokens, "computed": tokens.computed_tokens, "steps": tokens.steps},
-            "hardware": torch.cuda.get_device_name() if self.compiles else platform.processor() or platform.machine(),
+            "hardware": torch.cuda.get_device_name() if self.compiles else results.cpu_name(),
             "threads": torch.get_num_threads(),
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
             "options": {k: str(v) for k, v in vars(options).items()},
@@ -242,29 +291,43 @@ class Benchmark:
             config = peft.DeloraConfig(delora_lambda=4, **common)
         return peft.get_peft_model(self.encoder(), config)
 
-    def fleet(self, size: int, method: str | None = None) -> Fleet:
+    def fleet(self, size: int, method: str | None = None, without: str | None = None) -> Fleet:
         trials = [trial(self.options, 42 + k % SEEDS, method) for k in range(size)]
         fleet = Fleet(self.encoder(), trials, self.device)
-        run.choose_speed(fleet, self.trial.compile)
+        if without == "packing":  # as for encoders that cannot be packed, for which nothing is compiled or recorded
+            fleet.packs = fleet.recorded = False
+        if without == "graphs":
+            fleet.recorded = False
+        if without in ("packing", "pruning"):
+            unprune(fleet)
+        run.choose_speed(fleet, False if without == "compiling" else self.trial.compile)
         return fleet
 
     # --- What is measured; each returns the seconds of a step
 
-    def delora(self, size: int, method: str | None = None, before: Callable[[Fleet], object] = lambda _: None) -> float:
+    def delora(
+        self,
+        size: int,
+        method: str | None = None,
+        without: str | None = None,
+        before: Callable[[Fleet], object] = lambda _: None,
+    ) -> float:
         if self.compiles:
             gc.collect()
             torch.cuda.reset_peak_memory_stats()
-        fleet = self.fleet(size, method)
+        fleet = self.fleet(size, method, without)
         before(fleet)
         epoch = self.steps_per_epoch + 1  # with the evaluation at its end
         clock = Clock(self.device, self.options.steps, epoch if self.compiles else WARMUP)
         none = torch.zeros(size, 1, dtype=torch.long)  # one row to score
         data = Data(self.task, self.tokens["train"], self.tokens["validation"], none)
-        with contextlib.suppress(Enough):
+        plain = mock.patch.object(attention, "kernels", None) if without == "kernel" else contextlib.nullcontext()
+        with plain, contextlib.suppress(Enough):
             train(fleet, data, clock, clock)
-        if method is None:
+        if method is None and without is None:
             self.totals[size] = clock.totals
-            self.peaks[size] = torch.cuda.max_memory_allocated() if self.compiles else 0
+        if method is None and without is None and self.compiles:
+            self.peaks[size] = torch.cuda.max_memory_allocated()
             for _ in range(2):
                 start = clock.now()
                 predict(fleet, self.tokens["validation"], self.scored.expand(size, -1), self.trial.batch_size)
@@ -279,7 +342,7 @@ class Benchmark:
             embeddings.register_forward_hook(lambda module, inputs, output: output.detach().requires_grad_())
 
         size = max(self.options.trials)
-        return self.delora(size, "head", reach_down) / size
+        return self.delora(size, "head", before=reach_down) / size
 
     def floor(self) -> float:
         model = self.encoder().requires_grad_(False).train()
@@ -308,12 +371,13 @@ class Benchmark:
             optimizer.zero_grad()
 
         seconds = self.timed(step)
-        start = time.perf_counter()
-        with torch.inference_mode(), self.autocast:
-            for inputs, _ in self.padded("validation", self.scored):
-                model.eval()(**inputs).logits.cpu()
-        evaluated = time.perf_counter() - start
-        self.epochs["peft compiled" if compiled else "peft"] = self.steps_per_epoch * seconds + evaluated
+        if self.compiles:
+            start = time.perf_counter()
+            with torch.inference_mode(), self.autocast:
+                for inputs, _ in self.padded("validation", self.scored):
+                    model.eval()(**inputs).logits.cpu()
+            evaluated = time.perf_counter() - start
+            self.epochs["peft compiled" if compiled else "peft"] = self.steps_per_epoch * seconds + evaluated
         return seconds
 
     def peft_trainer(self, compiled: bool = False) -> float:
@@ -369,6 +433,41 @@ class Benchmark:
             self.epochs["trainer compiled" if compiled else "trainer"] = clock.now() - start
         return clock.seconds()
 
+    # --- Where the time goes
+
+    def profile(self) -> dict[str, float]:
+        """Seconds of a step of the largest fleet by kind of work, and those in which nothing is computed."""
+        size = max(self.options.trials)
+        kinds = [torch.profiler.ProfilerActivity.CPU, *[torch.profiler.ProfilerActivity.CUDA] * self.compiles]
+        profiler = torch.profiler.profile(activities=kinds)
+        epoch = self.steps_per_epoch + 1
+        clock = Clock(self.device, PROFILED, epoch if self.compiles else WARMUP, begin=profiler.start)
+        none = torch.zeros(size, 1, dtype=torch.long)
+        data = Data(self.task, self.tokens["train"], self.tokens["validation"], none)
+        with contextlib.suppress(Enough):
+            train(self.fleet(size), data, clock, clock)
+        profiler.stop()
+        spent = dict.fromkeys(WORK, 0.0)
+        for event in profiler.key_averages():
+            on_gpu = event.device_type == torch.autograd.DeviceType.CUDA
+            kind = next((kind for kind, pattern in WORK.items() if re.search(pattern, event.key)), None)
+            if kind and on_gpu == self.compiles:
+                microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+                spent[kind] += 1e-6 * microseconds / PROFILED
+        return {**{k: s for k, s in spent.items() if s}, "nothing": max(0.0, clock.seconds() - sum(spent.values()))}
+
+
+def unprune(fleet: Fleet) -> None:
+    """Lets all tokens through the last layer: first tokens are taken where the head reads them."""
+    last: Any = fleet._layers()[-1]
+    last.attention.output._forward_pre_hooks.clear()
+    for module in last.modules():
+        if isinstance(module, Dropout):
+            module.of_first = False
+    reader: Any = fleet.base.base_model.pooler or fleet.base.get_submodule(fleet.head_names[0].split(".")[0])
+    reader._forward_pre_hooks.clear()
+    reader.register_forward_pre_hook(lambda _, args: (fleet._as_examples(fleet._first(args[0])), *args[1:]))
+
 
 # --- In a process of its own
 
@@ -384,6 +483,8 @@ def peak_bytes(options: argparse.Namespace, size: int) -> float:
     """The most memory that this process takes for a fleet's first steps."""
     options.steps = 1
     Benchmark(options).delora(size)
+    with contextlib.suppress(OSError):  # on Linux, where maxrss begins with that of the process that started this one
+        return float(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * BYTES_IN_MAXRSS
 
 
@@ -401,47 +502,84 @@ def start_seconds(options: argparse.Namespace, size: int) -> float:
 # --- The tables
 
 
-def report(figures: dict[str, Any], bench: Benchmark) -> None:
+def achieved(figures: Mapping[str, Any], bench: Benchmark) -> dict[str, float]:
+    """The figures of `GOALS`, as far as they were measured; of PEFT plain or compiled, whichever is faster."""
+    options = bench.options
+    medians = {name: statistics.median(several) for name, several in figures["seconds_per_step"].items()}
+    largest, tokens, epochs = max(options.trials), figures["tokens"], figures["epoch_seconds"]
+    each = medians[f"delora {largest}"] / largest
+    made = {"tokens": tokens["computed"] / tokens["real"]}
+    trainers = [medians[name] for name in ("trainer", "trainer compiled") if name in medians]
+    if trainers:
+        made["trainer"] = min(trainers) / each
+    if "packed floor" in medians:
+        methods = [medians[f"{name} {largest}"] / largest for name in options.methods if f"{name} {largest}" in medians]
+        made["floor"] = max(each, *methods) / medians["packed floor"] if methods else each / medians["packed floor"]
+    if "delora 1" in medians and "delora 8" in medians:
+        made["eight"] = medians["delora 8"] / medians["delora 1"]
+    for name in ("trainer", "peft"):
+        theirs = [epochs[row] for row in (name, f"{name} compiled") if row in epochs]
+        if theirs:
+            made[f"{name} epoch"] = min(theirs) * largest / epochs[f"delora {largest}"]
+    if re.search("H[12]00", figures["hardware"]):
+        shape = bench.trial.model.shape
+        assert shape is not None
+        multiplied = 4 * sum(i * o for i, o in shape.linears().values()) * tokens["real"] / tokens["steps"]
+        made["matrix limit"] = multiplied / medians[f"delora {largest}"] / H100_BF16
+    if "start_seconds" in figures:
+        made |= dict(zip(("start", "cached start"), figures["start_seconds"], strict=True))
+    return made
+
+
+def report(figures: Mapping[str, Any], bench: Benchmark) -> None:
     options, seconds = bench.options, figures["seconds_per_step"]
     medians = {name: statistics.median(several) for name, several in seconds.items()}
     sizes = {name: 1 if name in ALONE else int(name.split()[-1]) for name in medians}
-    table = Table("", "ms a step", "spread", "ms a trial", "times the Trainer", box=None, pad_edge=False)
+    table = Table("", "ms a step", "spread", "turns", "ms a trial", "times the Trainer", box=None, pad_edge=False)
     for name, median in medians.items():
         each = median / sizes[name]
         spread = f"{1e3 * min(seconds[name]):.1f} to {1e3 * max(seconds[name]):.1f}"
         faster = f"{medians['trainer'] / each:.2f}x" if "trainer" in medians else "-"
-        label = LABELS.get(name) or f"{name.split()[0]}, {sizes[name]} trial{'s' if sizes[name] > 1 else ''}"
-        table.add_row(label, f"{1e3 * median:.1f}", spread, f"{1e3 * each:.2f}", faster)
+        label = LABELS.get(name) or label_of(name)
+        table.add_row(label, f"{1e3 * median:.1f}", spread, str(len(seconds[name])), f"{1e3 * each:.2f}", faster)
     weights = ", random weights" if options.random else ""
     about = f"{options.model}{weights}, {options.method}, MRPC {'files' if options.data else 'synthetic'}"
-    where = figures["hardware"] if bench.compiles else f"CPU, {figures['threads']} threads"
+    where = figures["hardware"] + ("" if bench.compiles else f", {figures['threads']} threads")
     print(f"{about}, batch {options.batch_size}, {options.precision}, {where}")
-    Console(width=100).print(table)
+    console = Console(width=110)
+    console.print(table)
+    if bench.left_out:
+        print(f"not reached in {options.minutes:g} minutes: {', '.join(bench.left_out)}")
 
-    largest = max(options.trials)
-    tokens = figures["tokens"]
-    print(f"tokens computed for each real one, {largest} trials: {tokens['computed'] / tokens['real']:.3f}")
-    each = medians[f"delora {largest}"] / largest
-    if "packed floor" in medians:
-        print(f"a step over the packed floor: {each / medians['packed floor']:.2f}")
-    if bench.compiles:
-        epochs = figures["epoch_seconds"]
-        epoch = epochs[f"delora {largest}"] / largest
-        print(f"a trial of one epoch, training and scoring: {epoch:.3f} s, {3600 / epoch:.0f} an hour;", end=" ")
-        others = [name for name in ALONE if name in epochs]
-        print(", ".join(f"{LABELS[name]}: {epochs[name]:.2f} s, {epochs[name] / epoch:.1f}x" for name in others))
-    if bench.compiles:
-        shape = bench.trial.model.shape
-        assert shape is not None
-        weights_ = sum(i * o for i, o in shape.linears().values())
-        share = 4 * weights_ * tokens["real"] / tokens["steps"] / medians[f"delora {largest}"] / H100_BF16
-        print(f"share of the bf16 matrix limit ({H100_BF16 / 1e12:.0f} TFLOP/s), real tokens only: {100 * share:.0f} %")
-        cold, cached = figures["start_seconds"]
-        print(f"compiling and warming up: {cold:.0f} s, with a cache {cached:.0f} s")
+    goals = Table("", "goal", "measured", "", box=None, pad_edge=False)
+    for name, meaning, more, goal in GOALS[bench.device.type]:
+        value = figures["achieved"].get(name)
+        bound = f"at {'least' if more else 'most'} {goal:g}"
+        if value is None:
+            goals.add_row(meaning, bound, "-", "not measured")
+            continue
+        reached = value >= goal if more else value <= goal
+        told = "reached" if reached else f"missed by {abs(value / goal - 1):.0%}"
+        goals.add_row(meaning, bound, f"{value:.3g}", told)
+    console.print(goals)
+
+    if "profile_seconds" in figures:
+        step = sum(figures["profile_seconds"].values())
+        shares = sorted(figures["profile_seconds"].items(), key=lambda pair: -pair[1])
+        listed = ", ".join(f"{kind} {spent / step:.0%}" for kind, spent in shares)
+        print(f"a step of {max(options.trials)} trials under the profiler, {1e3 * step:.0f} ms: {listed}")
     peaks = {int(size): peak for size, peak in figures["peak_bytes"].items()}
-    added = (peaks[max(peaks)] - peaks[1]) / (max(peaks) - 1)
     listed = ", ".join(f"{size}: {peak / 1e9:.2f} GB" for size, peak in peaks.items())
-    print(f"peak memory by trials: {listed}; each added trial {added / 1e6:.0f} MB")
+    low, high = min(peaks), max(peaks)
+    added = f"; each added trial {(peaks[high] - peaks[low]) / (high - low) / 1e6:.0f} MB" if low < high else ""
+    print(f"peak memory by trials: {listed}{added}")
+
+
+def label_of(row: str) -> str:
+    """Of a row of delora: "lora, 8 trials", "delora without packing, 8 trials"."""
+    *words, size = row.split()
+    name = f"delora without {words[1]}" if words[0] == "no" else words[0]
+    return f"{name}, {size} trial{'' if size == '1' else 's'}"
 
 
 if __name__ == "__main__":

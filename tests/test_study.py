@@ -1,7 +1,6 @@
 """The study in docs/study: its pictures and tables follow from its CSV files, whose trials are not trained again."""
 
 import csv
-import importlib.util
 import itertools
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import conf_folder
+from conftest import conf_folder, load_script
 
 from delora import results
 from delora.config import NOT_THE_TRIAL, Trial
@@ -21,11 +20,7 @@ DOCS = ROOT / "docs" / "study"
 
 @pytest.fixture(scope="module")
 def study() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("study", ROOT / "scripts" / "study.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("study")
 
 
 def test_pictures_and_tables_are_made_of_the_csv_files(study, tmp_path):

@@ -1,0 +1,87 @@
+"""The benchmark: what it measures does the same work, and its figures follow from its measurements."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import OFFLINE, compose_trial, load_script
+
+from delora.model import Fleet
+from delora.pretrained import load
+from delora.randomness import Dropout
+from delora.run import prepare
+from delora.tasks import TASKS
+
+SCRIPT = Path(__file__).parents[1] / "scripts" / "benchmark.py"
+SMALL = ["--model", "tiny", "--trials", "1", "3", "--steps", "1", "--turns", "2"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> tuple[dict, str]:
+    """The figures, and what is printed."""
+    path = tmp_path_factory.mktemp("benchmark") / "figures.json"
+    rows = ["--rows", "packed floor", "trainer", "peft compiled", "--methods", "dora", "--without", "pruning"]
+    command = [sys.executable, str(SCRIPT), *SMALL, *rows, "--profile", "--json", str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | OFFLINE)
+    assert done.returncode == 0, done.stderr
+    return json.loads(path.read_text()), done.stdout
+
+
+def test_each_row_is_measured_each_turn(run):
+    figures, printed = run
+    rows = ["delora 1", "delora 3", "dora 3", "packed floor", "trainer", "no pruning 3"]
+    assert list(figures["seconds_per_step"]) == rows  # PEFT is compiled on a GPU alone
+    assert all(len(seconds) == 2 and min(seconds) > 0 for seconds in figures["seconds_per_step"].values())
+    assert "dora, 3 trials" in printed and "delora without pruning, 3 trials" in printed
+    assert figures["versions"].keys() == {"torch", "transformers", "peft"} and figures["hardware"]
+
+
+def test_goals_are_compared_with_medians(run):
+    figures, printed = run
+    median = {name: statistics.median(seconds) for name, seconds in figures["seconds_per_step"].items()}
+    achieved = figures["achieved"]
+    assert achieved["trainer"] == pytest.approx(median["trainer"] / median["delora 3"] * 3)
+    slower = max(median["delora 3"], median["dora 3"]) / 3
+    assert achieved["floor"] == pytest.approx(slower / median["packed floor"])
+    assert 1 <= achieved["tokens"] < 1.3
+    for name, reached in (("trainer", achieved["trainer"] >= 2.5), ("floor", achieved["floor"] <= 1.15)):
+        line = next(line for line in printed.splitlines() if f" {achieved[name]:.3g} " in line)
+        assert ("reached" if reached else "missed by") in line
+
+
+def test_profile_and_memory_are_of_the_fleet_alone(run):
+    figures, printed = run
+    spent = figures["profile_seconds"]
+    assert spent["matrix products"] > 0 and spent["hashing for dropout"] > 0 and "under the profiler" in printed
+    small, large = (figures["peak_bytes"][size] for size in "13")
+    assert 1e8 < small < 2e9 and small * 0.9 < large < 2e9
+
+
+def test_rows_for_which_the_time_is_up_are_named():
+    command = [sys.executable, str(SCRIPT), "--model", "tiny", "--trials", "2", "--steps", "1", "--minutes", "0"]
+    done = subprocess.run([*command, "--rows", "peft"], capture_output=True, text=True, env=os.environ | OFFLINE)
+    assert done.returncode == 0, done.stderr
+    assert "not reached in 0 minutes: peft" in done.stdout and "lora, 2 trials" in done.stdout
+
+
+@pytest.mark.parametrize("model", ["tiny", "minilm"])
+def test_without_pruning_the_same_is_computed(model):
+    trials = [compose_trial(f"model={model}", "data=synthetic", f"seed={seed}") for seed in range(2)]
+    _, tokens = prepare(trials[0])
+    losses = []
+    for change in (None, load_script("benchmark").unprune):
+        fleet = Fleet(load(trials[0].model, TASKS["mrpc"]).model, trials, torch.device("cpu"))
+        if change:
+            change(fleet)
+        for module in fleet.modules():
+            if isinstance(module, Dropout):
+                assert not (change and module.of_first)
+        batch = tokens["train"].gather(torch.arange(8).expand(2, -1))
+        fleet.keys.set(batch.layout, torch.tensor(3), 0)
+        losses.append(fleet.train().logits(batch))
+    assert torch.allclose(*losses, rtol=0, atol=1e-6)
