@@ -216,7 +216,7 @@ class Benchmark:
             "trainer compiled": lambda: self.peft_trainer(compiled=True),
         }
         largest = max(options.trials)
-        rows = {f"delora {k}": (lambda k=k: self.delora(k)) for k in options.trials}
+        rows = {f"fleet {k}": (lambda k=k: self.delora(k)) for k in options.trials}
         rows |= {f"{name} {largest}": (lambda name=name: self.delora(largest, name)) for name in options.methods}
         rows |= {name: every[name] for name in options.rows if self.compiles or "compiled" not in name}
         rows |= {
@@ -224,7 +224,7 @@ class Benchmark:
         }
         seconds: dict[str, list[float]] = {}
         for turn, (name, measured) in itertools.product(range(options.turns), rows.items()):
-            if time.monotonic() > self.end and f"delora {options.trials[-1]}" in seconds:
+            if time.monotonic() > self.end and f"fleet {options.trials[-1]}" in seconds:
                 self.left_out = [row for row in rows if row not in seconds]
                 break
             seconds.setdefault(name, []).append(measured())
@@ -331,7 +331,7 @@ class Benchmark:
             for _ in range(2):
                 start = clock.now()
                 predict(fleet, self.tokens["validation"], self.scored.expand(size, -1), self.trial.batch_size)
-                self.epochs[f"delora {size}"] = self.steps_per_epoch * clock.seconds() + clock.now() - start
+                self.epochs[f"fleet {size}"] = self.steps_per_epoch * clock.seconds() + clock.now() - start
         return clock.seconds()
 
     def packed_floor(self) -> float:
@@ -507,7 +507,7 @@ def achieved(figures: Mapping[str, Any], bench: Benchmark) -> dict[str, float]:
     options = bench.options
     medians = {name: statistics.median(several) for name, several in figures["seconds_per_step"].items()}
     largest, tokens, epochs = max(options.trials), figures["tokens"], figures["epoch_seconds"]
-    each = medians[f"delora {largest}"] / largest
+    each = medians[f"fleet {largest}"] / largest
     made = {"tokens": tokens["computed"] / tokens["real"]}
     trainers = [medians[name] for name in ("trainer", "trainer compiled") if name in medians]
     if trainers:
@@ -515,17 +515,17 @@ def achieved(figures: Mapping[str, Any], bench: Benchmark) -> dict[str, float]:
     if "packed floor" in medians:
         methods = [medians[f"{name} {largest}"] / largest for name in options.methods if f"{name} {largest}" in medians]
         made["floor"] = max(each, *methods) / medians["packed floor"] if methods else each / medians["packed floor"]
-    if "delora 1" in medians and "delora 8" in medians:
-        made["eight"] = medians["delora 8"] / medians["delora 1"]
+    if "fleet 1" in medians and "fleet 8" in medians:
+        made["eight"] = medians["fleet 8"] / medians["fleet 1"]
     for name in ("trainer", "peft"):
         theirs = [epochs[row] for row in (name, f"{name} compiled") if row in epochs]
         if theirs:
-            made[f"{name} epoch"] = min(theirs) * largest / epochs[f"delora {largest}"]
+            made[f"{name} epoch"] = min(theirs) * largest / epochs[f"fleet {largest}"]
     if re.search("H[12]00", figures["hardware"]):
         shape = bench.trial.model.shape
         assert shape is not None
         multiplied = 4 * sum(i * o for i, o in shape.linears().values()) * tokens["real"] / tokens["steps"]
-        made["matrix limit"] = multiplied / medians[f"delora {largest}"] / H100_BF16
+        made["matrix limit"] = multiplied / medians[f"fleet {largest}"] / H100_BF16
     if "start_seconds" in figures:
         made |= dict(zip(("start", "cached start"), figures["start_seconds"], strict=True))
     return made
@@ -540,7 +540,7 @@ def report(figures: Mapping[str, Any], bench: Benchmark) -> None:
         each = median / sizes[name]
         spread = f"{1e3 * min(seconds[name]):.1f} to {1e3 * max(seconds[name]):.1f}"
         faster = f"{medians['trainer'] / each:.2f}x" if "trainer" in medians else "-"
-        label = LABELS.get(name) or label_of(name)
+        label = LABELS.get(name) or label_of(name, options.method)
         table.add_row(label, f"{1e3 * median:.1f}", spread, str(len(seconds[name])), f"{1e3 * each:.2f}", faster)
     weights = ", random weights" if options.random else ""
     about = f"{options.model}{weights}, {options.method}, MRPC {'files' if options.data else 'synthetic'}"
@@ -575,10 +575,10 @@ def report(figures: Mapping[str, Any], bench: Benchmark) -> None:
     print(f"peak memory by trials: {listed}{added}")
 
 
-def label_of(row: str) -> str:
-    """Of a row of delora: "lora, 8 trials", "delora without packing, 8 trials"."""
+def label_of(row: str, method: str) -> str:
+    """Of a row of delora: "lora, 8 trials", "lora without packing, 8 trials"."""
     *words, size = row.split()
-    name = f"delora without {words[1]}" if words[0] == "no" else words[0]
+    name = {"fleet": method, "no": f"{method} without {words[-1]}"}.get(words[0], words[0])
     return f"{name}, {size} trial{'' if size == '1' else 's'}"
 
 

@@ -1,6 +1,6 @@
 """PEFT's own LoRA and DeLoRA, trained by the Hugging Face Trainer on MRPC, against delora's: docs/study/peft.csv.
 
-The same command again trains only what is missing; with --method and --seed several processes can share the work.
+The same command again trains only what is missing there; with --method and --seed several processes can share the work.
 Both use the same rows of the paper's protocol, the same rates, seeds and schedule, and report the test score of the
 checkpoint that is best on validation. Initial values, data order and dropout are each program's own.
 """
@@ -8,9 +8,9 @@ checkpoint that is best on validation. Initial values, data order and dropout ar
 import argparse
 import csv
 import itertools
-import statistics
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,12 +23,14 @@ from delora import run as runner
 from delora.cli import conf_folder
 from delora.config import Trial
 from delora.data.splits import paper_split
+from delora.report import statistics
+from delora.report.trials import NAMES
 from delora.tasks import TASKS
 
 SEEDS, FACTORS, EPOCHS = (42, 43, 44), (0.25, 1.0, 4.0), 5
 RATES = {"lora": 6e-4, "delora": 6e-4}  # of factor 1; PEFT's DeLoRA starts from zero and gives λ the common rate
 TASK = TASKS["mrpc"]
-DOCS = Path(__file__).resolve().parents[1] / "docs" / "study"
+CSV = Path(__file__).resolve().parents[1] / "docs" / "study" / "peft.csv"
 
 
 def main() -> None:
@@ -37,18 +39,28 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--method", choices=RATES, help="only this one")
-    parser.add_argument("--seed", type=int, choices=SEEDS, help="only this one")
+    parser.add_argument("--seed", type=int, help=f"only this one; default: each of {SEEDS}")
+    parser.add_argument("--factor", type=float, choices=FACTORS, help="only this one")
     parser.add_argument("--output", type=Path, default=Path("outputs/peft"), help="folder for a file a trial")
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
+    if CSV.exists():  # trained elsewhere: not again
+        for line in csv.DictReader(CSV.read_text().splitlines()):
+            factor, seed = float(line["factor"]), int(line["seed"])
+            keep(options, line["program"], line["method"], seed, factor, float(line["accuracy"]))
     methods = [options.method] if options.method else RATES
     seeds = [options.seed] if options.seed else SEEDS
+    factors = [options.factor] if options.factor else FACTORS
     for method, seed in itertools.product(methods, seeds):
-        ours(options, method, seed)
-        for factor in FACTORS:
+        if missing := [factor for factor in factors if not place(options, "delora", method, seed, factor).exists()]:
+            ours(options, method, seed, missing)
+        for factor in factors:
             if not place(options, "PEFT", method, seed, factor).exists():
                 theirs(options, method, seed, factor)
-    table(options.output)
+    lines = [path.read_text() for path in sorted(options.output.glob("*-*.csv"))]
+    CSV.parent.mkdir(parents=True, exist_ok=True)
+    CSV.write_text("program,method,factor,seed,accuracy\n" + "".join(lines))
+    print(*table(CSV), sep="\n")
 
 
 def trial(options: argparse.Namespace, method: str, seed: int, factor: float) -> Trial:
@@ -61,12 +73,12 @@ def trial(options: argparse.Namespace, method: str, seed: int, factor: float) ->
         return Trial.from_config(compose("config", words))
 
 
-def ours(options: argparse.Namespace, method: str, seed: int) -> None:
-    """Three rates as one fleet."""
+def ours(options: argparse.Namespace, method: str, seed: int, factors: Sequence[float]) -> None:
+    """All rates as one fleet."""
     from delora import sweep
 
-    trials = [trial(options, method, seed, factor) for factor in FACTORS]
-    for factor, result in zip(FACTORS, sweep.run(trials), strict=True):
+    trials = [trial(options, method, seed, factor) for factor in factors]
+    for factor, result in zip(factors, sweep.run(trials), strict=True):
         score = result["best"]["test"]["accuracy"] if result and result["best"] else float("nan")
         keep(options, "delora", method, seed, factor, score)
 
@@ -139,23 +151,28 @@ def keep(options: argparse.Namespace, program: str, method: str, seed: int, fact
     place(options, program, method, seed, factor).write_text(f"{program},{method},{factor:g},{seed},{score!r}\n")
 
 
-def table(folder: Path) -> None:
-    """Prints mean and standard deviation over the seeds of both, and writes all scores to docs/study/peft.csv."""
-    lines = [next(csv.reader([path.read_text()])) for path in sorted(folder.glob("*-*.csv"))]
-    text = "program,method,factor,seed,accuracy\n" + "".join(",".join(line) + "\n" for line in lines)
-    DOCS.mkdir(parents=True, exist_ok=True)
-    (DOCS / "peft.csv").write_text(text)
-    print("| method | learning rate | PEFT + Trainer | delora | difference |\n|---|---:|---:|---:|---:|")
+def table(path: Path) -> Iterator[str]:
+    """Lines in Markdown: means over the seeds of both, and the mean difference by seed with its 95 % interval."""
+    with path.open(newline="") as file:
+        lines = list(csv.DictReader(file))
+    yield "| method | learning rate | seeds | PEFT + Trainer | delora | difference |"
+    yield "|---|---:|---:|---:|---:|---:|"
     for method, factor in itertools.product(RATES, FACTORS):
-        scores = {
-            program: [100 * float(s) for p, m, f, _, s in lines if (p, m, float(f)) == (program, method, factor)]
-            for program in ("PEFT", "delora")
-        }
-        if min(map(len, scores.values())) > 1:
-            cells = [f"{statistics.mean(s):.1f} ± {statistics.stdev(s):.2f}" for s in scores.values()]
-            difference = statistics.mean(scores["delora"]) - statistics.mean(scores["PEFT"])
-            rate = RATES[method] * factor
-            print(f"| {method} | {rate:g} | {' | '.join(cells)} | {difference:+.1f} |".replace("-", "−"))
+        by_program: dict[str, dict[str, float]] = {"PEFT": {}, "delora": {}}
+        for line in lines:
+            if line["method"] == method and float(line["factor"]) == factor:
+                by_program[line["program"]][line["seed"]] = 100 * float(line["accuracy"])
+        theirs, ours = by_program.values()
+        seeds = sorted(theirs.keys() & ours.keys())
+        if len(seeds) < 2:
+            continue
+        pairs = np.array([[ours[seed], theirs[seed]] for seed in seeds])
+        mean, spread = pairs.mean(0), pairs.std(0, ddof=1)
+        cells = [f"{mean[i]:.1f} ± {spread[i]:.2f}" for i in (1, 0)]
+        difference = statistics.paired(*pairs.T)[0]
+        interval = "" if np.isnan(difference.low) else f" [{difference.low:.1f}, {difference.high:.1f}]"
+        cells.append(f"{difference.value:+.1f}{interval}".replace("-", "−"))
+        yield f"| {NAMES[method]} | {RATES[method] * factor:g} | {len(seeds)} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":
