@@ -49,7 +49,7 @@ WARMUP = 3  # steps that are not counted; of delora on a GPU, which records step
 PROFILED = 3  # steps
 BYTES_IN_MAXRSS = 1 if sys.platform == "darwin" else 1024
 H100_BF16 = 989e12  # multiplications and additions a second of its matrix units, dense (the vendor's data sheet)
-ALONE = ("packed floor", "trainer", "peft", "floor", "peft compiled", "trainer compiled")  # one trial each
+ALONE = ("packed floor", "floor", "peft", "trainer", "peft compiled", "trainer compiled")  # one trial each
 WITHOUT = ("packing", "pruning", "compiling", "graphs", "kernel")
 # What is aimed at, by device: a figure of `ratios`, what it means, whether more of it is better, and how much.
 GOALS = {
@@ -64,7 +64,7 @@ GOALS = {
         ("tokens", "tokens computed for each real one", False, 1.05),
         ("eight", "a step of 8 trials over one of 1", False, 1.1),
         ("floor", "the slowest method's step over the frozen encoder's, packed", False, 1.15),
-        ("start", "seconds of compiling and warming up", False, 45),
+        ("start", "seconds of compiling, warming up and recording", False, 45),
         ("cached start", "the same with a cache", False, 15),
     ],
 }
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--trials", type=int, nargs="+", default=[1, 8], help="sizes of fleets")
     parser.add_argument("--rows", nargs="+", default=ALONE, choices=ALONE, help="what to measure beside delora")
-    parser.add_argument("--steps", type=int, default=6, help="of each turn, counted after warming up")
+    parser.add_argument("--steps", type=int, help="of each turn, counted after warming up (default: 6, on a GPU 50)")
     parser.add_argument("--turns", type=int, default=5, help="at most")
     parser.add_argument("--minutes", type=float, default=6, help="after which nothing but delora's own sizes is begun")
     parser.add_argument("--json", type=Path, help="file for all figures")
@@ -201,6 +201,8 @@ class Benchmark:
         self.epochs: dict[str, float] = {}  # seconds, with the scoring of `scored`
         self.steps_per_epoch = math.ceil(len(self.tokens["train"]) / options.batch_size)
         self.scored = torch.arange(len(self.tokens["validation"]) // 2)  # as many rows as with protocol=paper
+        if options.steps is None:
+            options.steps = min(50, self.steps_per_epoch // 2) if self.compiles else 6
         self.peaks: dict[int, int] = {}
         self.left_out: list[str] = []  # for want of time
         self.end = time.monotonic() + 60 * options.minutes
@@ -217,8 +219,9 @@ class Benchmark:
         }
         largest = max(options.trials)
         rows = {f"fleet {k}": (lambda k=k: self.delora(k)) for k in options.trials}
+        rows |= {name: every[name] for name in options.rows if "compiled" not in name}
         rows |= {f"{name} {largest}": (lambda name=name: self.delora(largest, name)) for name in options.methods}
-        rows |= {name: every[name] for name in options.rows if self.compiles or "compiled" not in name}
+        rows |= {name: every[name] for name in options.rows if self.compiles and "compiled" in name}
         rows |= {
             f"no {what} {largest}": (lambda what=what: self.delora(largest, without=what)) for what in options.without
         }
@@ -284,12 +287,17 @@ class Benchmark:
         )
         return transformers.RobertaForSequenceClassification(config).to(self.device)  # type: ignore[return-value]
 
-    def peft_model(self) -> nn.Module:
+    def peft_model(self, compiled: bool) -> nn.Module:
+        """With PEFT's method; compiled layer by layer, as delora does, for any length of the batch."""
         common = {"target_modules": ["query", "value"], "r": 8, "modules_to_save": ["classifier"]}
         config = peft.LoraConfig(lora_alpha=8, **common)
         if self.options.method == "delora":
             config = peft.DeloraConfig(delora_lambda=4, **common)
-        return peft.get_peft_model(self.encoder(), config)
+        model = peft.get_peft_model(self.encoder(), config)
+        if compiled:
+            for layer in model.base_model.model.base_model.encoder.layer:
+                layer.compile(dynamic=True)
+        return model
 
     def fleet(self, size: int, method: str | None = None, without: str | None = None) -> Fleet:
         trials = [trial(self.options, 42 + k % SEEDS, method) for k in range(size)]
@@ -317,8 +325,7 @@ class Benchmark:
             torch.cuda.reset_peak_memory_stats()
         fleet = self.fleet(size, method, without)
         before(fleet)
-        epoch = self.steps_per_epoch + 1  # with the evaluation at its end
-        clock = Clock(self.device, self.options.steps, epoch if self.compiles else WARMUP)
+        clock = Clock(self.device, self.options.steps, self.warmup(fleet))
         none = torch.zeros(size, 1, dtype=torch.long)  # one row to score
         data = Data(self.task, self.tokens["train"], self.tokens["validation"], none)
         plain = mock.patch.object(attention, "kernels", None) if without == "kernel" else contextlib.nullcontext()
@@ -333,6 +340,10 @@ class Benchmark:
                 predict(fleet, self.tokens["validation"], self.scored.expand(size, -1), self.trial.batch_size)
                 self.epochs[f"fleet {size}"] = self.steps_per_epoch * clock.seconds() + clock.now() - start
         return clock.seconds()
+
+    def warmup(self, fleet: Fleet) -> int:
+        """Steps before those that count: where they are recorded, an epoch with the evaluation at its end."""
+        return self.steps_per_epoch + 1 if fleet.recorded else WARMUP
 
     def packed_floor(self) -> float:
         """The largest fleet's head alone, with gradients to the first layer; the seconds of one of its trials."""
@@ -357,11 +368,9 @@ class Benchmark:
         return self.timed(step)
 
     def peft_bare(self, compiled: bool = False) -> float:
-        model = self.peft_model().train()
+        model = self.peft_model(compiled).train()
         trained = [p for p in model.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=self.trial.rate, fused=True)
-        if compiled:
-            model.compile(dynamic=True)
 
         def step(inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> None:
             with self.autocast:
@@ -382,7 +391,9 @@ class Benchmark:
 
     def peft_trainer(self, compiled: bool = False) -> float:
         """On a GPU also the seconds of a trial of one epoch, its workers' start and its evaluation included."""
-        clock = Clock(self.device, self.options.steps)
+        whole = self.compiles
+        # On a GPU the last steps of an epoch count, when the workers are warm.
+        clock = Clock(self.device, self.options.steps, self.steps_per_epoch - self.options.steps if whole else WARMUP)
 
         def examples(split: str, order: torch.Tensor) -> list[dict[str, Any]]:
             tokens = self.tokens[split]
@@ -404,7 +415,6 @@ class Benchmark:
             def _get_train_sampler(self, *_: Any, **__: Any) -> torch.utils.data.Sampler:
                 return torch.utils.data.SequentialSampler(train_rows)
 
-        whole = self.compiles
         arguments = transformers.TrainingArguments(
             output_dir=tempfile.gettempdir(),  # nothing is saved
             per_device_train_batch_size=self.trial.batch_size,
@@ -415,7 +425,6 @@ class Benchmark:
             dataloader_num_workers=4 if self.compiles else 0,
             use_cpu=not self.compiles,
             bf16=self.options.precision == "bfloat16",
-            torch_compile=compiled,
             save_strategy="no",
             report_to="none",
             logging_strategy="no",
@@ -423,7 +432,7 @@ class Benchmark:
         )
         collator = transformers.DataCollatorWithPadding(self.tokenizer)
         trainer = InOrder(
-            self.peft_model(), arguments, train_dataset=train_rows, data_collator=collator, callbacks=[Ticks()]
+            self.peft_model(compiled), arguments, train_dataset=train_rows, data_collator=collator, callbacks=[Ticks()]
         )
         start = clock.now()
         with contextlib.suppress(Enough):
@@ -440,12 +449,12 @@ class Benchmark:
         size = max(self.options.trials)
         kinds = [torch.profiler.ProfilerActivity.CPU, *[torch.profiler.ProfilerActivity.CUDA] * self.compiles]
         profiler = torch.profiler.profile(activities=kinds)
-        epoch = self.steps_per_epoch + 1
-        clock = Clock(self.device, PROFILED, epoch if self.compiles else WARMUP, begin=profiler.start)
+        fleet = self.fleet(size)
+        clock = Clock(self.device, PROFILED, self.warmup(fleet), begin=profiler.start)
         none = torch.zeros(size, 1, dtype=torch.long)
         data = Data(self.task, self.tokens["train"], self.tokens["validation"], none)
         with contextlib.suppress(Enough):
-            train(self.fleet(size), data, clock, clock)
+            train(fleet, data, clock, clock)
         profiler.stop()
         spent = dict.fromkeys(WORK, 0.0)
         for event in profiler.key_averages():
@@ -489,14 +498,16 @@ def peak_bytes(options: argparse.Namespace, size: int) -> float:
 
 
 def start_seconds(options: argparse.Namespace, size: int) -> float:
-    """From a fleet that is loaded to its fifth step, less what five steps take later: compiling and warming up."""
+    """Of compiling, warming up and recording: from a fleet that is loaded to an epoch later, less the epoch's steps."""
     bench = Benchmark(options)
-    fleet, clock = bench.fleet(size), Clock(bench.device, options.steps)
+    fleet = bench.fleet(size)
+    warmup = bench.warmup(fleet)
+    clock = Clock(bench.device, options.steps, warmup)
     none = torch.zeros(size, 1, dtype=torch.long)
     begun = clock.now()
     with contextlib.suppress(Enough):
         train(fleet, Data(bench.task, bench.tokens["train"], bench.tokens["validation"], none), clock, clock)
-    return clock.start - begun - WARMUP * clock.seconds()
+    return clock.start - begun - warmup * clock.seconds()
 
 
 # --- The tables

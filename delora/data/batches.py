@@ -26,7 +26,7 @@ class Layout:
         first_KB: where an example's first token lies in its row, int64.
         length_KB: the example's tokens, int32.
         place_T: the positions in a row as long as the longest example or longer, int32. As a tensor's size that
-            length is one that code is not compiled for.
+            length, the span, is one that code is not compiled for.
     """
 
     example_KN: Tensor
@@ -99,22 +99,26 @@ class Tokens:
         return self.labels_S.device.type == "cpu"
 
     def width(self, index_KB: Tensor, packed: bool = True) -> tuple[int, int]:
-        """Tokens of a row that holds any trial's examples `index_KB` (on the CPU), and of the longest example."""
+        """Tokens of a row that holds any trial's examples `index_KB` (on the CPU), and the span of an example.
+
+        The span is the longest example's; of packed batches on a GPU one that is the same for the whole split.
+        """
         lengths_KB = self.lengths_S[index_KB.numpy()]
         longest = int(lengths_KB.max())
         if not packed:
             return index_KB.shape[1] * longest, longest
-        multiple = 1 if self.on_cpu else MULTIPLE
-        return -(-int(lengths_KB.sum(1).max()) // multiple) * multiple, longest
+        tokens = int(lengths_KB.sum(1).max())
+        if self.on_cpu:
+            return tokens, longest
+        return -(-tokens // MULTIPLE) * MULTIPLE, max(16, 1 << (self.longest - 1).bit_length())
 
     def gather(self, index_KB: Tensor, packed: bool = True, width: tuple[int, int] | None = None) -> Batch:
         """The examples `index_KB` (int64), one after the other, or each padded to the longest.
 
         `width` is what the method of that name says of them; it must be given where `index_KB` is not on the CPU.
         """
-        tokens, longest = self.width(index_KB, packed) if width is None else width
+        tokens, span = self.width(index_KB, packed) if width is None else width
         examples = index_KB.shape[1]
-        span = longest if self.on_cpu else max(16, 1 << (self.longest - 1).bit_length())
         index = index_KB.to(self.labels_S.device, non_blocking=True)
         length_KB = self._length_S[index]
         place_N = torch.arange(tokens, device=index.device)
@@ -122,8 +126,8 @@ class Tokens:
             end_KB = length_KB.cumsum(1)
             example_KN = torch.searchsorted(end_KB, place_N.expand(len(index), -1).contiguous(), right=True)
         else:
-            end_KB = length_KB + torch.arange(examples, device=index.device) * longest
-            example_KN = (place_N // longest).expand(len(index), -1)
+            end_KB = length_KB + torch.arange(examples, device=index.device) * span
+            example_KN = (place_N // span).expand(len(index), -1)
         example_KN = example_KN.clamp(max=examples - 1)
         first_KB = end_KB - length_KB
         position_KN = place_N - first_KB.gather(1, example_KN)
@@ -134,7 +138,7 @@ class Tokens:
         inputs = {name: matrix[row_KN, position_KN] for name, matrix in self.inputs.items()}
         if not packed:
             inputs["attention_mask"] = real_KN
-            inputs = {name: tensor.view(-1, longest) for name, tensor in inputs.items()}
+            inputs = {name: tensor.view(-1, span) for name, tensor in inputs.items()}
         place_T = torch.arange(span, dtype=torch.int32, device=index.device)
         layout = Layout(example_KN.int(), position_KN.int(), first_KB, length_KB.int(), place_T)
         return Batch(inputs, self.labels_S[index], layout)

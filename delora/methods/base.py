@@ -9,6 +9,7 @@ A new method is one file with a subclass of `Method` and one file conf/method/<n
 from collections.abc import Mapping
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from delora.randomness import Draw
@@ -38,6 +39,29 @@ class Method(nn.Module):
     def strength(self) -> Tensor | None:
         """λ of each trial (K,), for methods that have one."""
         return None
+
+
+class LowRank(Method):
+    """A method whose ΔW is a product of two thin matrices: subclasses say which. S is the product's rank."""
+
+    drops_whole_input = False  # else the input of ΔW alone
+
+    def factors(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+        """Two matrices of each trial, (K, O, S) and (K, S, I), whose product is ΔW."""
+        raise NotImplementedError
+
+    def forward(self, x_KNI: Tensor, dropped_KNI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        frozen_KNO = F.linear(dropped_KNI if self.drops_whole_input else x_KNI, weight_OI, bias_O)
+        return frozen_KNO + self.branch(dropped_KNI, weight_OI)
+
+    def branch(self, x_KNI: Tensor, weight_OI: Tensor) -> Tensor:
+        """ΔW·x, (K, N, O)."""
+        up_KOS, down_KSI = self.factors(weight_OI)
+        return (x_KNI @ down_KSI.mT) @ up_KOS.mT
+
+    def delta(self, weight_OI: Tensor) -> Tensor:
+        up_KOS, down_KSI = self.factors(weight_OI)
+        return up_KOS @ down_KSI
 
 
 def kaiming_uniform(draw: Draw, name: str, shape: tuple[int, ...]) -> Tensor:

@@ -13,16 +13,15 @@ and ∂L/∂λ is exactly 0 at the start. Dropout acts on the input of the ΔW b
 """
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from delora.methods.base import Method, kaiming_uniform, zeros
+from delora.methods.base import LowRank, kaiming_uniform, per_trial, zeros
 from delora.randomness import Draw
 
 PEFT_SMALLEST_NORM = 1e-4
 
 
-class DeLoRA(Method):
+class DeLoRA(LowRank):
     """Decoupled low-rank adaptation. Shapes as in `delora.methods.base`."""
 
     A0: Tensor
@@ -54,18 +53,14 @@ class DeLoRA(Method):
             self.register_buffer("B0", self.B.detach().clone())
         self.register_buffer("c_I", _column_scale(weight_OI, scaling), persistent=False)
 
-    def forward(self, x_KNI: Tensor, dropped_KNI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        branch = self._branch(dropped_KNI, self.A, self.B)
-        if self.residual:
-            # λ multiplies the difference: equal terms cancel to exactly 0, and so does λ's gradient.
-            branch = branch - self._branch(dropped_KNI, self.A0, self.B0)
-        return torch.addcmul(F.linear(x_KNI, weight_OI, bias_O), self._gain(), branch)
-
-    def delta(self, weight_OI: Tensor) -> Tensor:
-        delta = self._normalised(self.A, self.B)
-        if self.residual:
-            delta = delta - self._normalised(self.A0, self.B0)
-        return self._gain() * delta * self.c_I
+    def factors(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+        gain, rows = per_trial(self.lam[:, 0] / self.rank), self._normalised(self.A, self.B)
+        if not self.residual:
+            return gain * self.B, rows
+        # B·N − B₀·N₀ = (B − B₀)·N + B₀·(N − N₀): differences of small matrices, which are exactly 0 at the start.
+        first_rows = self._normalised(self.A0, self.B0)
+        up = torch.cat([self.B - self.B0, self.B0], 2)
+        return gain * up, torch.cat([rows, rows - first_rows], 1)
 
     def learning_rates(self) -> dict[str, Tensor]:
         return {"lam": self.lambda_lr}
@@ -73,21 +68,12 @@ class DeLoRA(Method):
     def strength(self) -> Tensor:
         return self.lam[:, 0]
 
-    def _gain(self) -> Tensor:
-        return self.lam[:, :, None] / self.rank
-
-    def _branch(self, x_KNI: Tensor, A: Tensor, B: Tensor) -> Tensor:
-        return (x_KNI @ (A * self.c_I).mT * self._inverse_norms(A, B)) @ B.mT
-
     def _normalised(self, A: Tensor, B: Tensor) -> Tensor:
-        return (B * self._inverse_norms(A, B)) @ A
-
-    def _inverse_norms(self, A: Tensor, B: Tensor) -> Tensor:
-        """1 / (‖aⱼ‖‖bⱼ‖), (K, 1, R)."""
+        """The rows of A·diag(c), divided by ‖aⱼ‖‖bⱼ‖, (K, R, I)."""
         norm_a, norm_b = A.norm(dim=2), B.norm(dim=1)
         if not self.residual:
             norm_a, norm_b = norm_a.clamp(min=PEFT_SMALLEST_NORM), norm_b.clamp(min=PEFT_SMALLEST_NORM)
-        return 1 / (norm_a * norm_b)[:, None]
+        return A * self.c_I / (norm_a * norm_b)[:, :, None]
 
 
 def _column_scale(weight_OI: Tensor, scaling: str) -> Tensor:

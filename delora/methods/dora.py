@@ -29,10 +29,10 @@ class DoRA(LoRA):
         ratio_K1O = (self.m / self._norm(weight_OI))[:, None]
         frozen = F.linear(x_KNI, weight_OI)
         if dropped_KNI is x_KNI:
-            y = ratio_K1O * (frozen + self.branch(x_KNI))
+            y = ratio_K1O * (frozen + self.branch(x_KNI, weight_OI))
         else:
             correction = (ratio_K1O - 1) * F.linear(dropped_KNI, weight_OI)
-            y = frozen + correction + ratio_K1O * self.branch(dropped_KNI)
+            y = frozen + correction + ratio_K1O * self.branch(dropped_KNI, weight_OI)
         return y if bias_O is None else y + bias_O
 
     @torch.no_grad()

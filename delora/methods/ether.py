@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from delora.methods.base import Method, kaiming_uniform
+from delora.methods.base import LowRank, kaiming_uniform
 from delora.randomness import Draw
 
 
-class ETHER(Method):
+class ETHER(LowRank):
     """Hyperplane reflections. Shapes as in `delora.methods.base`; u, u2 (K, M, D)."""
 
-    relaxed = False
+    relaxed, drops_whole_input = False, True
 
     def __init__(self, weight_OI: Tensor, draw: Draw, *, side: str, blocks: int):
         super().__init__()
@@ -33,34 +33,32 @@ class ETHER(Method):
             if self.relaxed:
                 self.register_parameter(f"v{suffix}", nn.Parameter(-u))
 
-    def forward(self, x_KNI: Tensor, dropped_KNI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
-        x = dropped_KNI + self._turn(dropped_KNI, "") if self.on_input else dropped_KNI
-        if not self.on_output:
-            return F.linear(x, weight_OI, bias_O)
-        y = F.linear(x, weight_OI)
-        y = y + self._turn(y, self.output_suffix)
-        return y if bias_O is None else y + bias_O
-
-    def delta(self, weight_OI: Tensor) -> Tensor:
-        # H is symmetric: W·H turns the rows of W, H·W those of its transpose.
-        turned = weight_OI.expand(self._trials(), -1, -1)
-        delta = torch.zeros_like(turned)
+    def factors(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
+        # W′ = (I + C₂·R₂)·W·(I + C·R) = W + W·C·R + C₂·R₂·W·(I + C·R)
+        ups, downs = [], []
         if self.on_input:
-            delta = self._turn(turned, "")
-            turned = turned + delta
+            columns, rows = self._turn("")
+            ups.append(weight_OI @ columns)
+            downs.append(rows)
         if self.on_output:
-            delta = delta + self._turn(turned.mT, self.output_suffix).mT
-        return delta
+            columns, rows = self._turn(self.output_suffix)
+            turned = rows @ weight_OI
+            if self.on_input:
+                turned = turned + (rows @ ups[0]) @ downs[0]
+            ups.append(columns)
+            downs.append(turned)
+        return torch.cat(ups, 2), torch.cat(downs, 1)
 
-    def _trials(self) -> int:
-        return next(self.parameters()).shape[0]
-
-    def _turn(self, x_KND: Tensor, suffix: str) -> Tensor:
-        """(H − I)·x along the last dimension, blockwise."""
-        u, v = getattr(self, f"u{suffix}"), getattr(self, f"v{suffix}", None)
-        x_KNMD = x_KND.unflatten(-1, u.shape[1:])
-        turned = -2 * _project(x_KNMD, u) if v is None else _project(x_KNMD, v) - _project(x_KNMD, u)
-        return turned.flatten(-2)
+    def _turn(self, suffix: str) -> tuple[Tensor, Tensor]:
+        """Two matrices (K, M·D, S) and (K, S, M·D) whose product is blockdiag(H) − I; S is M, for ETHER+ 2·M."""
+        u = F.normalize(getattr(self, f"u{suffix}"), dim=-1, eps=0)
+        if not self.relaxed:
+            rows = _block_rows(u)
+            return -2 * rows.mT, rows
+        # With unit vectors vvᵀ − uuᵀ = ((v − u)(v + u)ᵀ + (v + u)(v − u)ᵀ) / 2, which is exactly 0 at the start.
+        v = F.normalize(getattr(self, f"v{suffix}"), dim=-1, eps=0)
+        total, difference = _block_rows(v + u), _block_rows(v - u)
+        return torch.cat([difference, total], 1).mT / 2, torch.cat([total, difference], 1)
 
 
 class ETHERPlus(ETHER):
@@ -69,7 +67,7 @@ class ETHERPlus(ETHER):
     relaxed = True
 
 
-def _project(x_KNMD: Tensor, u_KMD: Tensor) -> Tensor:
-    """uuᵀ/uᵀu · x for each block, (K, N, M, D)."""
-    inner = torch.einsum("knmd,kmd->knm", x_KNMD, u_KMD) / u_KMD.square().sum(-1)[:, None]
-    return inner[..., None] * u_KMD[:, None]
+def _block_rows(u_KMD: Tensor) -> Tensor:
+    """Each block's vector in a row of its own, at the block's place: (K, M, M·D)."""
+    blocks = torch.eye(u_KMD.shape[1], dtype=u_KMD.dtype, device=u_KMD.device)
+    return (blocks[:, :, None] * u_KMD[:, :, None]).flatten(2)
