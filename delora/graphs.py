@@ -16,12 +16,12 @@ Widths = tuple[tuple[int, int], ...]  # of the parts of a batch, as `delora.data
 
 
 class Recorded:
-    """A function of tensors on a GPU, recorded once for each kind of its inputs and then replayed.
+    """A function of tensors on a GPU, recorded for each kind of its inputs that comes again, and then replayed.
 
     Args:
         function: of (index_KB, step, widths); what it does on the GPU must depend on nothing else that a later call
-            changes, except on tensors that are changed in place. Called as it is for the first batch of each number of
-            examples, which has its kernels compiled.
+            changes, except on tensors that are changed in place. Called as it is for the first batch of each kind:
+            what is compiled, loaded or allocated then cannot happen while a graph is recorded.
         device: the GPU.
     """
 
@@ -29,6 +29,7 @@ class Recorded:
         self._function, self._device = function, device
         self._graphs: dict[tuple[torch.Size, Widths], tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self._inputs: dict[torch.Size, Tensor] = {}
+        self._met: set[tuple[torch.Size, Widths]] = set()
         self._step = torch.zeros((), dtype=torch.int64, device=device)
         self._pool = torch.cuda.graph_pool_handle()
         self._can = True
@@ -37,10 +38,12 @@ class Recorded:
         """What `function` returns; it stays until the next call."""
         self._step.copy_(step, non_blocking=True)
         shape = index_KB.shape
-        if shape not in self._inputs or not self._can:
-            self._inputs[shape] = index_KB.to(self._device)
-            return self._function(self._inputs[shape], self._step, widths)
+        if shape not in self._inputs:
+            self._inputs[shape] = torch.empty_like(index_KB, device=self._device)
         self._inputs[shape].copy_(index_KB, non_blocking=True)
+        if (shape, widths) not in self._met or not self._can:
+            self._met.add((shape, widths))
+            return self._function(self._inputs[shape], self._step, widths)
         if (shape, widths) not in self._graphs:
             try:
                 self._graphs[shape, widths] = self._record(shape, widths)

@@ -263,17 +263,17 @@ class Sweep:
                     self._fail(trial, error)
                 return
             except Exception as error:
-                text, too_large = traceback.format_exc(), is_out_of_memory(error)
+                too_large, told = is_out_of_memory(error), f"{type(error).__name__}: {error}"
                 if len(group.trials) == 1:
-                    folders[0].log(text)  # type: ignore[union-attr]
-                    told = "it does not fit into memory" if too_large else f"{type(error).__name__}: {error}"
+                    folders[0].log(traceback.format_exc())  # type: ignore[union-attr]
+                    told = "it does not fit into memory" if too_large else told
                     self._fail(group.trials[0], TrialFailed(f"{told} (log in {group.trials[0].folder})"))
                     return
         if over is None:
             gc.collect()
             if torch.cuda.is_available():
                 torch.cuda.empty_cache()
-            why = "do not fit into memory" if too_large else f"failed ({text.splitlines()[-1]})"
+            why = "do not fit into memory" if too_large else f"failed ({told.splitlines()[0]})"
             self.console.say(f"{len(group.trials)} trials together {why}: going on with half as many")
             for half in group.halves():
                 self._train(half)

@@ -85,3 +85,20 @@ def test_golden_layers(shared, kind, dtype, trials):
                 assert close(mine + file["W"], file["W_eff"], bound), (path.name, name)
             else:
                 assert close(mine, file[name], bound), (path.name, name, (mine - file[name]).abs().max())
+
+
+@pytest.mark.parametrize("rank", [3, 8])
+def test_any_rank_in_half_precision(rank):
+    """Ranks that are no multiple of 8 are filled up there."""
+    draw = Draw([1, 2], "layer", torch.float32, torch.device("cpu"))
+    weight, x = draw.normal("W", (24, 16), 0.1)[0], draw.normal("x", (5, 16), 1.0)
+    method = LoRA(weight, draw, rank=rank, alpha=torch.full((2,), 8.0))
+    torch.nn.init.normal_(method.B, std=0.1)
+    golden = x @ (weight + method.delta(weight)).mT
+    with torch.autocast("cpu", torch.bfloat16):
+        half = method(x.bfloat16(), x.bfloat16(), weight.bfloat16(), None)
+    assert half.dtype == torch.bfloat16 and close(half.float(), golden, 2e-2)
+    trained = [method.A, method.B]
+    grown = torch.autograd.grad((half.float() * golden.detach()).sum(), trained)
+    exact = torch.autograd.grad(golden.square().sum() / 2, trained)
+    assert all(close(*pair, 3e-2) for pair in zip(grown, exact, strict=True))

@@ -4,6 +4,7 @@ import csv
 import itertools
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 from types import ModuleType
 
@@ -32,6 +33,25 @@ def test_pictures_and_tables_are_made_of_the_csv_files(study, tmp_path):
     committed = {path.relative_to(DOCS) for folder in study.REPORTS for path in (DOCS / folder).glob("*")}
     assert made.keys() - {Path("trials.csv"), Path("training.csv")} == committed
     assert [name for name in texts if made[name].read_bytes() != (DOCS / name).read_bytes()] == []
+
+
+def test_the_pages_tables_are_those_of_the_csv_files():
+    text = (DOCS / "robust" / "robustness-minilm-paper-glue.csv").read_text(encoding="utf-8")
+    cells = defaultdict(dict)
+    for line in csv.DictReader(text.splitlines()[1:]):
+        drop, low, high = (float(line[f"worst drop{end}"]) for end in ("", " low", " high"))
+        cells[line["method"]][line["task"]] = f"{float(line['best score']):.1f}", f"{drop:.1f} [{low:.1f}, {high:.1f}]"
+    front, page = ((folder / "README.md").read_text(encoding="utf-8") for folder in (ROOT, DOCS))
+    assert len(cells) == 6
+    for method, by_task in cells.items():
+        scores, drops = zip(*(by_task[task] for task in ("MRPC", "CoLA", "RTE", "STS-B")), strict=True)
+        assert f"\n| {' | '.join((method, *scores, *drops))} |\n" in front
+        assert f"\n  | {' | '.join((method, *drops))} |\n" in page
+
+
+def test_the_comparison_with_peft_is_that_of_its_csv_file():
+    script = load_script("peft_check")
+    assert "\n".join(script.table(script.CSV)) in (DOCS / "README.md").read_text(encoding="utf-8")
 
 
 def test_a_changed_line_is_refused(study, tmp_path):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from delora import pretrained, train
 from delora.data import Rows, load
-from delora.data.batches import Tokens
+from delora.data.batches import Tokens, epoch_order
 from delora.graphs import Recorded
 from delora.model import Fleet
 from delora.randomness import Dropout
@@ -240,6 +240,20 @@ def test_recorded_steps_compute_what_single_kernels_do(method, precision, monkey
     others, found, _ = train_tiny(configs, disturb=one_by_one, device=CUDA, max_length=250)
     torch.testing.assert_close(losses, others, rtol=1e-5 if precision == "float32" else 1e-2, atol=0, equal_nan=True)
     assert [o.diverged_step for o in outcomes] == [o.diverged_step for o in found]
+
+
+def test_a_gpus_batches_differ_in_the_tokens_of_a_row_alone(monkeypatch):
+    """A graph is recorded for each kind of batch; the longest example of each would make hundreds of kinds."""
+    rows = load(TASKS["mrpc"], source="synthetic", rows={"train": 960, "validation": 24}).splits["train"]
+    tokens = Tokens(rows, make_fleet(eight_trials("lora", "float32")[:1])[1].tokenizer, 128, CPU, torch.float32)
+    orders = [epoch_order([0, 1, 2], epoch, len(tokens)) for epoch in range(4)]
+    batches = [index_KB for order in orders for index_KB in order.split(32, dim=1)]
+    on_cpu = {tokens.width(index_KB) for index_KB in batches}
+    monkeypatch.setattr(Tokens, "on_cpu", False)
+    widths = {tokens.width(index_KB) for index_KB in batches}
+    assert len({span for _, span in widths}) == 1 and min(widths)[1] >= tokens.longest
+    assert all(any(0 <= width - row < 32 for width, _ in widths) for row, _ in on_cpu)
+    assert len(widths) <= (max(widths)[0] - min(widths)[0]) // 32 + 1 < len(on_cpu) / 4
 
 
 def test_accumulation_changes_no_result():
