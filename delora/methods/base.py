@@ -57,7 +57,8 @@ class LowRank(Method):
     def branch(self, x_KNI: Tensor, weight_OI: Tensor) -> Tensor:
         """ΔW·x, (K, N, O)."""
         up_KOS, down_KSI = self.factors(weight_OI)
-        if x_KNI.dtype == torch.bfloat16 and (lacking := -up_KOS.shape[2] % 8):  # matrix units take rows of 16 bytes
+        # Matrix units take rows of 16 bytes; with others torch's compiler would ask for each width of x what is faster.
+        if x_KNI.dtype == torch.bfloat16 and (lacking := -up_KOS.shape[2] % 8):
             up_KOS, down_KSI = F.pad(up_KOS, (0, lacking)), F.pad(down_KSI, (0, 0, 0, lacking))
         return (x_KNI @ down_KSI.mT) @ up_KOS.mT
 
