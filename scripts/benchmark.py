@@ -310,7 +310,8 @@ class Benchmark:
             fleet.recorded = False
         if without in ("packing", "pruning"):
             unprune(fleet)
-        run.choose_speed(fleet, False if without == "compiling" else self.trial.compile)
+        if fleet.packs:
+            run.choose_speed(fleet, False if without == "compiling" else self.trial.compile)
         return fleet
 
     # --- What is measured; each returns the seconds of a step
