@@ -242,6 +242,15 @@ def test_recorded_steps_compute_what_single_kernels_do(method, precision, monkey
     assert [o.diverged_step for o in outcomes] == [o.diverged_step for o in found]
 
 
+@needs_gpu
+def test_a_rank_that_matrix_units_do_not_take_is_recorded_too(caplog):
+    """For such a rank torch's compiler compares the rows' widths, here 224 and 256, with that of the encoder."""
+    shape = ["model.shape.width=256", "model.shape.heads=8"]
+    configs = eight_trials("lora", "bfloat16", "method.rank=3", "batch_size=3", "accumulation=1", *shape)[:2]
+    train_tiny(configs, disturb=lambda fleet: fleet.compile_layers(), device=CUDA, max_length=250)
+    assert not caplog.messages
+
+
 def test_a_gpus_batches_differ_in_the_tokens_of_a_row_alone(monkeypatch):
     """A graph is recorded for each kind of batch; the longest example of each would make hundreds of kinds."""
     rows = load(TASKS["mrpc"], source="synthetic", rows={"train": 960, "validation": 24}).splits["train"]
