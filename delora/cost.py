@@ -12,7 +12,7 @@ import torch
 
 from delora.config import Shape, Trial
 from delora.data.batches import Tokens
-from delora.train import EXAMPLES_ON_CPU
+from delora.train import examples_on_cpu
 
 MOST = {"cpu": 8, "cuda": 64}  # with more trials a step takes as long for each
 SHARE = 0.8  # of the memory that is free
@@ -26,12 +26,14 @@ def largest_fleet(trial: Trial, tokens: Mapping[str, Tokens], device: torch.devi
     most = MOST.get(device.type, UNKNOWN)
     if trial.model.shape is None:
         return min(most, UNKNOWN)
-    encoder, each = needed_bytes(trial, trial.model.shape, tokens, device)
+    encoder, each = needed_bytes(trial, most, trial.model.shape, tokens, device)
     return max(1, min(most, int((free_bytes(device) * SHARE - encoder) / each)))
 
 
-def needed_bytes(trial: Trial, shape: Shape, tokens: Mapping[str, Tokens], device: torch.device) -> tuple[int, int]:
-    """Estimated bytes of the encoder, and of each trial over it in a training step.
+def needed_bytes(
+    trial: Trial, trials: int, shape: Shape, tokens: Mapping[str, Tokens], device: torch.device
+) -> tuple[int, int]:
+    """Estimated bytes of the encoder, and over it of each of so many trials in a training step.
 
     Activations after Korthikanti et al. 2022 (arXiv 2205.05198), Eq. 2, with 2 bytes a value: a layer keeps
     T·h·(34 + 5·a·T/h) bytes for T tokens, width h and a heads. Frozen layers keep less, so it is an upper bound.
@@ -41,7 +43,7 @@ def needed_bytes(trial: Trial, shape: Shape, tokens: Mapping[str, Tokens], devic
     examples = -(-trial.batch_size // trial.accumulation)
     count = examples * min(SPREAD * float(train.lengths_S.mean()), longest)
     if device.type == "cpu":  # in parts, one of which has the longest examples
-        count = min(examples, EXAMPLES_ON_CPU) * longest
+        count = min(examples, examples_on_cpu(trials)) * longest
     per_token = shape.width * 34 + 5 * shape.heads * longest
     activations = int(count * shape.layers * per_token * size / 2)
     linears = shape.linears().values()

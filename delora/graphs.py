@@ -37,23 +37,23 @@ class Recorded:
     def __call__(self, index_KB: Tensor, step: Tensor, widths: Widths) -> Tensor:
         """What `function` returns; it stays until the next call."""
         self._step.copy_(step, non_blocking=True)
-        shape = index_KB.shape
+        shape, kind = index_KB.shape, (index_KB.shape, widths)
         if shape not in self._inputs:
             self._inputs[shape] = torch.empty_like(index_KB, device=self._device)
         self._inputs[shape].copy_(index_KB, non_blocking=True)
-        if (shape, widths) not in self._met or not self._can:
-            self._met.add((shape, widths))
+        if kind not in self._met or not self._can:
+            self._met.add(kind)
             return self._function(self._inputs[shape], self._step, widths)
-        if (shape, widths) not in self._graphs:
+        if kind not in self._graphs:
             try:
-                self._graphs[shape, widths] = self._record(shape, widths)
+                self._graphs[kind] = self._record(*kind)
             except torch.OutOfMemoryError:
                 raise
             except RuntimeError as error:
                 logger.warning("kernels are started one by one, not as CUDA graphs: %s", str(error).splitlines()[0])
                 self._can = False
                 return self._function(self._inputs[shape], self._step, widths)
-        graph, output = self._graphs[shape, widths]
+        graph, output = self._graphs[kind]
         graph.replay()
         return output
 

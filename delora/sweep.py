@@ -127,7 +127,7 @@ def print_plan(trials: Sequence[Trial]) -> None:
         memory = "unknown"
         if trial.model.shape:
             device = choose_device(trial.device)
-            encoder, each = cost.needed_bytes(trial, trial.model.shape, tokens, device)
+            encoder, each = cost.needed_bytes(trial, len(group.trials), trial.model.shape, tokens, device)
             memory = f"up to {(encoder + each * len(group.trials)) / 1e9:.1f} GB"
         about = f"{trial.task.name} {trial.method.name} {trial.model.name}" + (
             ", begun" if group.state.exists() else ""

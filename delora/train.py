@@ -23,7 +23,6 @@ from delora.tasks import Task
 
 MISMATCHED = "accuracy_mm"
 VALIDATION = "validation"
-EXAMPLES_ON_CPU = 8  # of each trial at once, of a trial alone twice as many
 
 
 @dataclass
@@ -213,7 +212,7 @@ class Step:
     def _parts(self, index_KB: Tensor) -> Sequence[Tensor]:
         size = -(-index_KB.shape[1] // self.fleet.trials[0].accumulation)
         if self.tokens.on_cpu:  # starting an operation costs nothing there
-            size = min(size, EXAMPLES_ON_CPU * (2 if len(index_KB) == 1 else 1))
+            size = min(size, examples_on_cpu(len(index_KB)))
         return index_KB.split(size, dim=1)
 
     def _compute(self, index_KB: Tensor, step: Tensor, widths: Widths) -> Tensor:
@@ -232,6 +231,11 @@ class Step:
         optimizer.alive_K &= ~newly_dead_K
         optimizer.step(step)
         return loss_K
+
+
+def examples_on_cpu(trials: int) -> int:
+    """How many examples of each trial are computed at once on a CPU."""
+    return 16 if trials == 1 else 8
 
 
 def make_optimizer(fleet: Fleet, total_steps: int) -> FleetAdamW:

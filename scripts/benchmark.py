@@ -329,11 +329,8 @@ class Benchmark:
         fleet = self.fleet(size, method, without)
         before(fleet)
         clock = Clock(self.device, self.options.steps, self.warmup(fleet))
-        none = torch.zeros(size, 1, dtype=torch.long)  # one row to score
-        data = Data(self.task, self.tokens["train"], self.tokens["validation"], none)
-        plain = mock.patch.object(attention, "kernels", None) if without == "kernel" else contextlib.nullcontext()
-        with plain, contextlib.suppress(Enough):
-            train(fleet, data, clock, clock)
+        with mock.patch.object(attention, "kernels", None) if without == "kernel" else contextlib.nullcontext():
+            self.train(fleet, clock)
         if method is None and without is None:
             self.totals[size] = clock.totals
         if method is None and without is None and self.compiles:
@@ -343,6 +340,12 @@ class Benchmark:
                 predict(fleet, self.tokens["validation"], self.scored.expand(size, -1), self.trial.batch_size)
                 self.epochs[f"fleet {size}"] = self.steps_per_epoch * clock.seconds() + clock.now() - start
         return clock.seconds()
+
+    def train(self, fleet: Fleet, clock: Clock) -> None:
+        """Until the clock has what it wants; an evaluation scores one row."""
+        row = torch.zeros(len(fleet.trials), 1, dtype=torch.long)
+        with contextlib.suppress(Enough):
+            train(fleet, Data(self.task, self.tokens["train"], self.tokens["validation"], row), clock, clock)
 
     def warmup(self, fleet: Fleet) -> int:
         """Steps before those that count: where they are recorded, an epoch with the evaluation at its end."""
@@ -455,10 +458,7 @@ class Benchmark:
         profiler = torch.profiler.profile(activities=kinds)
         fleet = self.fleet(size)
         clock = Clock(self.device, PROFILED, self.warmup(fleet), begin=profiler.start)
-        none = torch.zeros(size, 1, dtype=torch.long)
-        data = Data(self.task, self.tokens["train"], self.tokens["validation"], none)
-        with contextlib.suppress(Enough):
-            train(fleet, data, clock, clock)
+        self.train(fleet, clock)
         profiler.stop()
         spent = dict.fromkeys(WORK, 0.0)
         for event in profiler.key_averages():
@@ -507,10 +507,8 @@ def start_seconds(options: argparse.Namespace, size: int) -> float:
     fleet = bench.fleet(size)
     warmup = bench.warmup(fleet)
     clock = Clock(bench.device, options.steps, warmup)
-    none = torch.zeros(size, 1, dtype=torch.long)
     begun = clock.now()
-    with contextlib.suppress(Enough):
-        train(fleet, Data(bench.task, bench.tokens["train"], bench.tokens["validation"], none), clock, clock)
+    bench.train(fleet, clock)
     return clock.start - begun - warmup * clock.seconds()
 
 

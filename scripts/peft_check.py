@@ -23,7 +23,7 @@ from delora import run as runner
 from delora.cli import conf_folder
 from delora.config import Trial
 from delora.data.splits import paper_split
-from delora.report import statistics
+from delora.report import statistics, tables
 from delora.report.trials import NAMES
 from delora.tasks import TASKS
 
@@ -49,7 +49,7 @@ def main() -> None:
             factor, seed = float(line["factor"]), int(line["seed"])
             keep(options, line["program"], line["method"], seed, factor, float(line["accuracy"]))
     methods = [options.method] if options.method else RATES
-    seeds = [options.seed] if options.seed else SEEDS
+    seeds = SEEDS if options.seed is None else [options.seed]
     factors = [options.factor] if options.factor else FACTORS
     for method, seed in itertools.product(methods, seeds):
         if missing := [factor for factor in factors if not place(options, "delora", method, seed, factor).exists()]:
@@ -169,9 +169,7 @@ def table(path: Path) -> Iterator[str]:
         pairs = np.array([[ours[seed], theirs[seed]] for seed in seeds])
         mean, spread = pairs.mean(0), pairs.std(0, ddof=1)
         cells = [f"{mean[i]:.1f} ± {spread[i]:.2f}" for i in (1, 0)]
-        difference = statistics.paired(*pairs.T)[0]
-        interval = "" if np.isnan(difference.low) else f" [{difference.low:.1f}, {difference.high:.1f}]"
-        cells.append(f"{difference.value:+.1f}{interval}".replace("-", "−"))
+        cells.append(tables.interval(statistics.paired(*pairs.T)[0], scale=1, form="+.1f").text)
         yield f"| {NAMES[method]} | {RATES[method] * factor:g} | {len(seeds)} | {' | '.join(cells)} |"
 
 

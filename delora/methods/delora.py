@@ -54,7 +54,7 @@ class DeLoRA(LowRank):
         self.register_buffer("c_I", _column_scale(weight_OI, scaling), persistent=False)
 
     def factors(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
-        gain, rows = per_trial(self.lam[:, 0] / self.rank), self._normalised(self.A, self.B)
+        gain, rows = per_trial(self.strength() / self.rank), self._normalised(self.A, self.B)
         if not self.residual:
             return gain * self.B, rows
         # B·N − B₀·N₀ = (B − B₀)·N + B₀·(N − N₀): differences of small matrices, which are exactly 0 at the start.

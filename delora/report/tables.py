@@ -165,7 +165,7 @@ def _difference_row(group: Sequence[Panel], label: str) -> list[Cell] | None:
             cells.append(EMPTY)
             continue
         ours, spread = statistics.known(curves[panel.task].best_scores_S), score[1] / 100 if len(score) > 1 else None
-        cells.append(_cell(statistics.unpaired(ours, score[0] / 100, spread, len(facts["seeds"])), form="+.1f"))
+        cells.append(interval(statistics.unpaired(ours, score[0] / 100, spread, len(facts["seeds"])), form="+.1f"))
     return [Cell(f"{label} − published"), Cell(""), Cell(""), *cells, _average(cells, "+.1f")]
 
 
@@ -299,12 +299,12 @@ def _robustness_row(panel: Panel, curve: Curve) -> list[Cell]:
             f"{number(lowest)}–{number(highest)} ({count})" if count > 1 else number(lowest),
             {"lowest": lowest, "highest": highest, "number": count},
         ),
-        _cell(numbers.best),
+        interval(numbers.best),
         Cell(number(factor) + edge, {"": factor, "on edge": int(curve.best_is_on_edge)}),
         Cell(number(rate), {"": rate}),
-        _cell(numbers.tolerated, scale=1, form=".2f"),
-        _cell(numbers.drop),
-        _cell(numbers.sensitivity, form=".2f"),
+        interval(numbers.tolerated, scale=1, form=".2f"),
+        interval(numbers.drop),
+        interval(numbers.sensitivity, form=".2f"),
     ]
 
 
@@ -342,10 +342,10 @@ def _median_row(task: str, label: str, scores: Sequence[np.ndarray]) -> list[Cel
         Cell(task),
         Cell(label),
         Cell(str(len(together)), {"": len(together)}),
-        _cell(Estimate(float(together.mean()))),
-        _cell(Estimate(spread), form=".2f"),
-        _cell(statistics.pooled(samples, statistics.median)),
-        _cell(statistics.pooled(samples, statistics.iqm)),
+        interval(Estimate(float(together.mean()))),
+        interval(Estimate(spread), form=".2f"),
+        interval(statistics.pooled(samples, statistics.median)),
+        interval(statistics.pooled(samples, statistics.iqm)),
     ]
 
 
@@ -359,7 +359,7 @@ def _comparisons(group: Sequence[Panel]) -> Table:
             p = EMPTY if math.isnan(c.p) else Cell(f"{c.p:.3f}" if c.p >= 0.001 else "<0.001", {"": c.p})
             more = "more sensitive" if c.what == "sensitivity" else "higher"
             shown = Cell(f"{c.higher} is {more}" if c.higher else "no difference shown")
-            difference = _cell(c.difference, form="+.2f")
+            difference = interval(c.difference, form="+.2f")
             rows.append([*map(Cell, names), difference, p, Cell(str(c.n), {"": c.n}), shown])
     caption = (
         f"Pairs share the seed, and with it split, data order and head. Score on {group[0].split} at each method's "
@@ -440,7 +440,7 @@ def millions(count: float) -> str:
     return f"{count / 1e6:.2g}M" if count < 1e7 else f"{count / 1e6:.0f}M"
 
 
-def _cell(estimate: Estimate, scale: float = 100, form: str = ".1f") -> Cell:
+def interval(estimate: Estimate, scale: float = 100, form: str = ".1f") -> Cell:
     """`value [low, high]`, scaled."""
     if math.isnan(estimate.value):
         return EMPTY
