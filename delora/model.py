@@ -160,11 +160,11 @@ class Fleet(nn.Module):
         config.force_parameter_static_shapes = config.force_nn_module_property_static_shapes = False
         symbols.use_duck_shape = False  # K may be the rank
         frozen = {parameter for _, parameter in self.frozen()}
-        for layer in self._layers()[:-1]:
-            for tensor in [*layer.parameters(), *layer.buffers()]:
+        for module in [self.base.base_model.embeddings, *self._layers()[:-1]]:
+            for tensor in [*module.parameters(), *module.buffers()]:
                 first = 0 if tensor in frozen else 1
                 torch._dynamo.mark_static(tensor, list(range(first, tensor.dim())))
-            layer.compile(dynamic=True)
+            module.compile(dynamic=True)
 
     def _layers(self) -> nn.ModuleList:
         return self.base.get_submodule(f"{self.base.base_model_prefix}.encoder.layer")  # type: ignore[return-value]
