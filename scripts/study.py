@@ -4,6 +4,7 @@ import argparse
 import csv
 import hashlib
 import json
+import os
 import sys
 import tempfile
 from collections import defaultdict
@@ -152,16 +153,25 @@ def collect(output: Path) -> None:
     lines, histories = [], []
     for sweep in planned():
         for stored in results.find(OUTPUTS / sweep).trials:
-            evaluations, result = list(stored.evaluations()), results.flatten(stored.result)
-            last = {kind: evaluations[-1][kind] for kind in LAST if evaluations and evaluations[-1][kind]}
-            lines.append({"sweep_folder": sweep, "sha256": digest(stored.result), **result, **results.flatten(last)})
-            histories += [history_line(sweep, stored.result, evaluation) for evaluation in evaluations]
+            evaluations, result = list(stored.evaluations()), portable(stored.result)
+            final = evaluations[-1] if evaluations else {}
+            last = results.flatten({kind: final[kind] for kind in LAST if final.get(kind)})
+            lines.append({"sweep_folder": sweep, "sha256": digest(result), **results.flatten(result), **last})
+            histories += [history_line(sweep, result, evaluation) for evaluation in evaluations]
     output.mkdir(parents=True, exist_ok=True)
     write_csv(output / "trials.csv", lines)
     write_csv(output / "training.csv", histories)
 
 
-def history_line(sweep: str, result: results.Result, evaluation: Any) -> dict[str, Any]:
+def portable(result: results.Result) -> dict[str, Any]:
+    """A result whose data lie relative to this folder: an absolute path is of one machine alone."""
+    config = result["config"]
+    folder = config["data"].get("dir")
+    data = {**config["data"], "dir": os.path.relpath(folder)} if folder else config["data"]
+    return {**result, "config": {**config, "data": data}}
+
+
+def history_line(sweep: str, result: Mapping[str, Any], evaluation: Any) -> dict[str, Any]:
     """Distance and λ are means over the layers."""
     means = {kind: mean(evaluation[kind].values()) for kind in LAST}
     place = {key: evaluation[key] for key in ("epoch", "step", "loss")}

@@ -85,3 +85,10 @@ def test_a_plan_is_of_every_sweep(tmp_path):
     assert answer.returncode == 0, answer.stderr
     assert "80 trials: 0 done, 80 to run" in answer.stdout and "40 trials: 0 done, 40 to run" in answer.stdout
     assert not any(tmp_path.iterdir())
+
+
+def test_no_line_holds_a_folder_of_one_machine(study, tmp_path, monkeypatch):
+    assert all(not Path(result["config"]["data"]["dir"] or ".").is_absolute() for _, result, _ in study.restore(DOCS))
+    monkeypatch.chdir(tmp_path)
+    result = {"id": "one", "config": {"seed": 42, "data": {"name": "glue", "dir": str(tmp_path / "glue")}}}
+    assert study.portable(result) == {"id": "one", "config": {"seed": 42, "data": {"name": "glue", "dir": "glue"}}}
