@@ -151,7 +151,7 @@ class Fleet(nn.Module):
             _replace(self.base, name, AdaptedLinear(linear, adapter.to(device), dropout))
 
     def compile_layers(self) -> None:
-        """Has the encoder's layers compiled when they are first used, once for all that are alike and any K > 1.
+        """Has embeddings and layers compiled when they are first used, once for all that are alike and any K > 1.
 
         The last layer is left as it is: `_prune` makes it unlike the others, and little of it is left.
         """

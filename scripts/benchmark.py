@@ -35,17 +35,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from delora import attention, pretrained, results, run
+from delora import attention, overrides, pretrained, results, run
 from delora.cli import conf_folder
 from delora.config import Trial
 from delora.data.batches import epoch_order
+from delora.errors import UserError
 from delora.model import Fleet
 from delora.randomness import Dropout
 from delora.tasks import TASKS
 from delora.train import Data, State, Totals, predict, train
 
 SEEDS = 4  # of a fleet, whose trials else differ in their rates: a sweep of factors and seeds
-WARMUP = 3  # steps that are not counted; more of delora on a GPU, where a step is recorded when its like comes again
+WARMUP = 3  # steps that are not counted; on a GPU more
 PROFILED = 3  # steps
 BYTES_IN_MAXRSS = 1 if sys.platform == "darwin" else 1024
 H100_BF16 = 989e12  # multiplications and additions a second of its matrix units, dense (the vendor's data sheet)
@@ -112,6 +113,8 @@ def main() -> None:
         what, size = options.alone.split(":")
         print({"peak": peak_bytes, "start": start_seconds}[what](options, int(size)))
         return
+    for method in (options.method, *options.methods):
+        overrides.check(words(options, 42, method), conf_folder(), multirun=False)
     bench = Benchmark(options)
     figures = bench.measure()
     if bench.compiles:
@@ -130,12 +133,18 @@ def main() -> None:
     report(figures, bench)
 
 
+def words(options: argparse.Namespace, seed: int, method: str | None = None, model: str | None = None) -> list[str]:
+    """As delora-run takes them."""
+    return [
+        *(f"model={model or options.model}", f"method={method or options.method}", f"seed={seed}", "task=mrpc"),
+        *(f"batch_size={options.batch_size}", f"device={options.device}", f"precision={options.precision}"),
+        f"data.dir={options.data}" if options.data else "data=synthetic",
+    ]
+
+
 def trial(options: argparse.Namespace, seed: int, method: str | None = None, model: str | None = None) -> Trial:
-    words = [f"model={model or options.model}", f"method={method or options.method}", f"seed={seed}", "task=mrpc"]
-    words += [f"batch_size={options.batch_size}", f"device={options.device}", f"precision={options.precision}"]
-    words += [f"data.dir={options.data}"] if options.data else ["data=synthetic"]
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return Trial.from_config(compose("config", words))
+        return Trial.from_config(compose("config", words(options, seed, method, model)))
 
 
 class Enough(Exception):
@@ -361,7 +370,7 @@ class Benchmark:
             twice = {width for width in set(widths[:first]) if widths[:first].count(width) > 1}
             if in_one_epoch and twice.issuperset(widths[first : first + self.options.steps]):
                 return first
-        raise RuntimeError(f"no {self.options.steps} steps of an epoch are all replayed")
+        raise UserError(f"--steps {self.options.steps}: in no epoch of {self.steps_per_epoch} are so many replayed")
 
     def packed_floor(self) -> float:
         """The largest fleet's head alone, with gradients to the first layer; the seconds of one of its trials."""
@@ -515,8 +524,7 @@ def peak_bytes(options: argparse.Namespace, size: int) -> float:
 
 
 def start_seconds(options: argparse.Namespace, size: int) -> float:
-    """Of compiling, warming up and recording: from a fleet that is loaded to its first step that is replayed like all
-    that follow, less the seconds of the steps between."""
+    """Of compiling, warming up and recording: from a loaded fleet to the first step that counts, less those before."""
     bench = Benchmark(options)
     fleet = bench.fleet(size)
     warmup = bench.warmup(fleet)
@@ -610,4 +618,7 @@ def label_of(row: str, method: str) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"scripts/benchmark: error: {error}")

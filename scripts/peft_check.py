@@ -23,6 +23,7 @@ from delora import run as runner
 from delora.cli import conf_folder
 from delora.config import Trial
 from delora.data.splits import paper_split
+from delora.errors import UserError
 from delora.report import statistics, tables
 from delora.report.trials import NAMES
 from delora.tasks import TASKS
@@ -174,4 +175,7 @@ def table(path: Path) -> Iterator[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"scripts/peft_check.py: error: {error}")

@@ -85,3 +85,10 @@ def test_without_pruning_the_same_is_computed(model):
         fleet.keys.set(batch.layout, torch.tensor(3), 0)
         losses.append(fleet.train().logits(batch))
     assert torch.allclose(*losses, rtol=0, atol=1e-6)
+
+
+def test_a_users_mistake_is_told_in_one_line():
+    command = [sys.executable, str(SCRIPT), *SMALL, "--methods", "dorra"]
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | OFFLINE)
+    assert done.returncode == 1 and "did you mean dora?" in done.stderr
+    assert len(done.stderr.splitlines()) == 1 and not done.stdout
