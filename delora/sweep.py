@@ -2,7 +2,7 @@
 
 Imports torch only where there is something to train, so that a command whose trials are all done answers at once.
 
-    <sweep>/<trial>/            a trial's folder, see delora/results.py
+    <sweep>/<trial>/            a trial's folder, see delora/results/
     <sweep>/.fleets/<fleet>/    trials.json: which trials train together; state.safetensors: how far they are
 
 A fleet that was interrupted goes on with the same trials, so that its numbers are those of an undisturbed run.

@@ -17,7 +17,8 @@ import yaml
 
 from delora import results
 from delora.errors import UserError
-from delora.results import ResultsError, find, open_trial, read, read_tensors
+from delora.results import ResultsError, find, open_trial, read, read_tensors, writing
+from delora.results import made_by as made_by_room
 
 CONFIG = {
     "task": {"name": "mrpc"},
@@ -68,7 +69,7 @@ def in_process(code: str, *arguments: object, **options) -> subprocess.Popen:
     command = [
         sys.executable,
         "-c",
-        "import sys\nfrom delora.results import *\n" + code,
+        "import sys\nfrom delora.errors import UserError\nfrom delora.results import *\n" + code,
         *map(str, arguments),
     ]
     folder = Path(__file__).parents[1]
@@ -454,7 +455,7 @@ def test_a_file_system_without_locks_is_used_with_a_warning(path, monkeypatch, c
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
 
-    monkeypatch.setattr(results.fcntl, "flock", refuse)
+    monkeypatch.setattr(writing.fcntl, "flock", refuse)
     with open_trial(path, CONFIG) as folder:
         folder.finish(a_result())
     assert "cannot be locked" in caplog.text
@@ -565,7 +566,7 @@ def test_provenance_tells_versions_and_nothing_of_the_person():
     assert made["torch"] == metadata.version("torch") == torch.__version__
     assert made["python"] == sys.version.split()[0] and made["data"]["source"] == "files" and made["cpu"]
     text = json.dumps(made)
-    assert not any(str(place) in text for place in (Path.home(), Path.cwd(), Path(results.__file__).parent))
+    assert not any(str(place) in text for place in (Path.home(), Path.cwd(), Path(results.__file__).parents[1]))
 
 
 def test_the_commit_is_the_checkouts_that_the_code_runs_from(tmp_path, monkeypatch):
@@ -578,12 +579,12 @@ def test_the_commit_is_the_checkouts_that_the_code_runs_from(tmp_path, monkeypat
         return subprocess.run(command, cwd=tmp_path, env=environment, check=True, capture_output=True, text=True).stdout
 
     def commit(folder: str) -> str | None:
-        results._commit.cache_clear()
-        return results._commit(tmp_path / folder)
+        made_by_room._commit.cache_clear()
+        return made_by_room._commit(tmp_path / folder)
 
     for folder in ("delora", "environment"):
         (tmp_path / folder).mkdir()
-        (tmp_path / folder / "results.py").write_text("x")
+        (tmp_path / folder / "made_by.py").write_text("x")
     assert commit("delora") is None
     git("init", "-q")
     assert commit("delora") is None
@@ -591,10 +592,10 @@ def test_the_commit_is_the_checkouts_that_the_code_runs_from(tmp_path, monkeypat
     git("commit", "-q", "-m", "m")
     git("tag", "v1", "-a", "-m", "m")
     assert commit("delora") == git("rev-parse", "HEAD").strip()
-    (tmp_path / "delora" / "results.py").write_text("y")
+    (tmp_path / "delora" / "made_by.py").write_text("y")
     assert commit("delora") == git("rev-parse", "HEAD").strip() + "-dirty"
     assert commit("environment") is None  # installed, though below the checkout
-    results._commit.cache_clear()
+    made_by_room._commit.cache_clear()
 
 
 def test_interrupting_a_save_leaves_no_temporary_file(path):

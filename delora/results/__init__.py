@@ -1,0 +1,76 @@
+"""The results of trials on disk: the only writer and the only reader. Imports no torch.
+
+A trial's folder holds
+    config.yaml              its resolved config
+    metrics.jsonl            a line per `Step` and per `Evaluation`, numbers that are not finite as null
+    result.json              a `Result`, written last: its `status` alone says how the trial ended
+    adapter.safetensors      the best adapter with the head
+    predictions.safetensors  logits of that checkpoint
+    log.txt                  what happened, with the traceback of a trial that failed
+Files other than the two that grow are replaced whole: a reader sees the old one or the new one, never a part.
+"""
+
+from delora.results.files import ResultsError, replace
+from delora.results.made_by import cpu_name, provenance
+from delora.results.reading import Found, StoredTrial, find, finished, read, read_tensors, stored_config
+from delora.results.schema import (
+    ADAPTER,
+    CONFIG,
+    LOG,
+    METRICS,
+    PREDICTIONS,
+    RESULT,
+    SCHEMA,
+    Checkpoint,
+    Evaluation,
+    MadeBy,
+    Origin,
+    Parameters,
+    Result,
+    Scores,
+    Seconds,
+    Step,
+    Tokens,
+    differences,
+    flatten,
+)
+from delora.results.writing import WAYS_ON, ConfigChanged, InUse, TrialFolder, open_trial, set_aside
+
+__all__ = [
+    "ADAPTER",
+    "CONFIG",
+    "LOG",
+    "METRICS",
+    "PREDICTIONS",
+    "RESULT",
+    "SCHEMA",
+    "WAYS_ON",
+    "Checkpoint",
+    "ConfigChanged",
+    "Evaluation",
+    "Found",
+    "InUse",
+    "MadeBy",
+    "Origin",
+    "Parameters",
+    "Result",
+    "ResultsError",
+    "Scores",
+    "Seconds",
+    "Step",
+    "StoredTrial",
+    "Tokens",
+    "TrialFolder",
+    "cpu_name",
+    "differences",
+    "find",
+    "finished",
+    "flatten",
+    "open_trial",
+    "provenance",
+    "read",
+    "read_tensors",
+    "replace",
+    "set_aside",
+    "stored_config",
+]

@@ -1,0 +1,175 @@
+"""What result.json and metrics.jsonl hold, and how two configs compare."""
+
+import functools
+import math
+from collections.abc import Collection, Mapping
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+from typing_extensions import TypedDict
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
+
+SCHEMA = 1
+CONFIG, METRICS, RESULT, LOG = "config.yaml", "metrics.jsonl", "result.json", "log.txt"
+ADAPTER, PREDICTIONS = "adapter.safetensors", "predictions.safetensors"
+
+Scores = dict[str, float | None]
+
+
+class Checkpoint(TypedDict):
+    """Scores at one evaluation; `test` only for the best one under protocol=paper."""
+
+    epoch: int
+    step: int
+    validation: Scores
+    test: Scores | None
+
+
+class Parameters(TypedDict):
+    """Numbers of values: trained in the adapter, trained in the head, frozen in the encoder."""
+
+    adapter: int
+    head: int
+    encoder: int
+
+
+class Seconds(TypedDict):
+    total: float
+    train: float
+    evaluate: float
+
+
+class Tokens(TypedDict):
+    """Tokens trained on: of the texts, and with padding."""
+
+    real: int
+    computed: int
+
+
+class Origin(TypedDict):
+    source: str
+    sha256: str | None
+
+
+class MadeBy(TypedDict):
+    """What made a result, as `provenance` tells. `commit` ends with -dirty for an edited checkout."""
+
+    delora: str | None
+    commit: str | None
+    python: str
+    torch: str | None
+    transformers: str | None
+    device: str
+    cpu: str
+    precision: str
+    data: Origin
+    weights: Origin
+
+
+class Result(TypedDict):
+    """result.json. `best` and `last` are null where nothing was scored before the trial broke off."""
+
+    schema: int
+    id: str
+    sweep: str | None
+    status: Literal["done", "diverged", "failed"]
+    config: dict[str, Any]
+    headline: str
+    best: Checkpoint | None
+    last: Checkpoint | None
+    diverged_step: int | None
+    epochs: int
+    steps: int
+    parameters: Parameters
+    seconds: Seconds
+    tokens: Tokens
+    fleet_size: int
+    made_by: MadeBy
+
+
+class Step(TypedDict):
+    kind: Literal["step"]
+    step: int
+    epoch: float
+    loss: float | None
+    lr: float
+    seconds: float
+
+
+Evaluation = TypedDict(
+    "Evaluation",
+    {
+        "kind": Literal["evaluation"],
+        "step": int,
+        "epoch": int,
+        "loss": float | None,
+        "metrics": Scores,
+        "distance": dict[str, float | None],
+        "lambda": dict[str, float | None],
+    },
+)
+Evaluation.__doc__ = """Scores on validation, ‖W′ − W‖_F and λ by layer; epoch 0 is before training."""
+
+
+@functools.cache
+def _schema() -> "TypeAdapter[Result]":
+    from pydantic import TypeAdapter
+
+    return TypeAdapter(Result)
+
+
+def checked(value: Any) -> Result:
+    """The value as a Result. Raises ValueError that says what is wrong with it."""
+    from pydantic import ValidationError
+
+    if not isinstance(value, dict) or "schema" not in value:
+        raise ValueError("not a result of delora-run")
+    if value["schema"] != SCHEMA:
+        raise ValueError(f"schema {value['schema']!r}, this version reads {SCHEMA}")
+    try:
+        result = _schema().validate_python(value, strict=True)
+    except ValidationError as error:
+        faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
+        raise ValueError("; ".join(faults)) from None
+    if result["status"] == "done" and not (result["best"] and result["last"]):
+        raise ValueError("status is done, but there is no best or last score")
+    if (result["status"] == "diverged") != (result["diverged_step"] is not None):
+        raise ValueError(f"status is {result['status']}, diverged_step is {result['diverged_step']}")
+    for place in ("best", "last"):
+        checkpoint = result[place]  # type: ignore[literal-required]
+        if checkpoint and result["headline"] not in checkpoint["validation"]:
+            raise ValueError(f"{place}.validation lacks the headline metric {result['headline']}")
+    return cast(Result, value)
+
+
+def plain(value: Any) -> Any:
+    """The value as JSON has it: scalars of numpy and torch as numbers, what is not finite as None."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, str | int):
+        return value
+    if hasattr(value, "item"):
+        return plain(value.item())
+    raise TypeError(f"{value!r} of {type(value)} has no place in a result")
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignore: Collection[str] = ()) -> list[str]:
+    """Lines "  key: old → new" of the dotted keys in which two configs differ."""
+    old, new = flatten(old), flatten(new)
+    keys = [key for key in {**old, **new} if not any(key == i or key.startswith(f"{i}.") for i in ignore)]
+    pairs = [(key, old.get(key, "(absent)"), new.get(key, "(absent)")) for key in keys]
+    return [f"  {key}: {before} → {after}" for key, before, after in pairs if before != after]
+
+
+def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"a": {"b": 1}} as {"a.b": 1}."""
+    flat: dict[str, Any] = {}
+    for key, value in nested.items():
+        inner = isinstance(value, Mapping) and value
+        flat |= flatten(value, f"{prefix}{key}.") if inner else {f"{prefix}{key}": value}
+    return flat
