@@ -14,6 +14,7 @@ from delora.errors import UserError
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+    from delora.config import Trial
     from delora.results import Result
 
 INTERRUPTION = "delora-run: interrupted; the same command goes on from the last checkpoint"
@@ -135,10 +136,12 @@ def job(config: "DictConfig") -> float | None:
     from hydra.core.hydra_config import HydraConfig
     from hydra.types import RunMode
 
+    from delora.config import Trial
+
     if HydraConfig.get().mode is not RunMode.RUN:
-        return train([config], sweep=True)[0]
+        return train([Trial.from_config(config)], sweep=True)[0]
     try:
-        train([config], sweep=False)
+        train([Trial.from_config(config)], sweep=False)
         status = outcome.status
     except (UserError, OSError) as error:
         status = _tell(error)
@@ -156,8 +159,8 @@ class Outcome:
 outcome = Outcome()
 
 
-def train(configs: "Sequence[DictConfig]", sweep: bool = True) -> list[float | None]:
-    """Trains the trials of composed configs.
+def train(trials: "Sequence[Trial]", sweep: bool = True) -> list[float | None]:
+    """Trains trials, or says what they would take.
 
     Args:
         sweep: whether they belong to a sweep, which takes the name.
@@ -166,12 +169,10 @@ def train(configs: "Sequence[DictConfig]", sweep: bool = True) -> list[float | N
         The headline score on validation of each, `LOWEST` where it diverged, None where it failed.
 
     Raises:
-        UserError: a config, or what it needs on this machine, is not right.
+        UserError: something that they need is not on this machine, or cannot be used.
     """
-    from delora.config import Trial
     from delora.missing import require_all
 
-    trials = [Trial.from_config(config) for config in configs]
     if sweep:
         trials = [t.model_copy(update={"sweep": t.sweep or t.name, "name": None}) for t in trials]
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[ToStandardError()])

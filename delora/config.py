@@ -4,10 +4,12 @@ Imports neither torch nor Hydra, so that a config is checked before anything hea
 """
 
 import difflib
+import functools
 import hashlib
 import json
+import operator
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -92,7 +94,13 @@ def _target(path: str) -> str:
     return path
 
 
-Whole = Annotated[int, Field(ge=1)]
+# Upper bounds keep out what no machine has, as a value with some zeros too many.
+Whole = Annotated[int, Field(ge=1, le=10**9)]
+Epochs = Annotated[int, Field(ge=1, le=100_000)]
+RowCount = Annotated[int, Field(ge=1, le=10_000_000)]
+Width = Annotated[int, Field(ge=1, le=100_000)]
+Layers = Annotated[int, Field(ge=1, le=1_000)]
+MOST_WEIGHTS = 10**11  # of an encoder
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
@@ -124,7 +132,7 @@ class MethodConfig(Section):
     targets: Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
     dropout: Share
 
-    rank: Whole | None = None
+    rank: Width | None = None
     alpha: Positive | None = None
     train_magnitude: bool | None = None
     lambda_init: Positive | None = None
@@ -132,7 +140,7 @@ class MethodConfig(Section):
     init: Literal["residual", "zero"] | None = None
     scaling: Literal["column", "frobenius", "none"] | None = None
     side: Literal["in", "out", "both"] | None = None
-    blocks: Whole | None = None
+    blocks: Width | None = None
 
     def options(self) -> dict[str, Any]:
         """The method's own options: what its class is built with."""
@@ -144,11 +152,11 @@ class Shape(Section):
     """The shape of an encoder: enough to name its linear layers without loading it. Widths in features."""
 
     family: Literal["bert", "roberta"]
-    layers: Whole
-    width: Whole
-    ffn: Whole
-    heads: Whole
-    positions: Whole
+    layers: Layers
+    width: Width
+    ffn: Width
+    heads: Width
+    positions: Width
 
     def linears(self) -> dict[str, tuple[int, int]]:
         """Input and output width of each linear layer of the encoder, by transformers' names."""
@@ -182,14 +190,14 @@ class ModelConfig(Section):
 class Rows(Section):
     """Numbers of rows."""
 
-    train: Whole
-    validation: Whole
+    train: RowCount
+    validation: RowCount
 
 
 class DataConfig(Section):
     name: Literal["glue", "synthetic"]
     dir: Text | None = None
-    seed: Annotated[int, Field(ge=0)] | None = None
+    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] | None = None
     rows: Rows | None = None
 
     def options(self) -> dict[str, Any]:
@@ -220,10 +228,10 @@ class Trial(Section):
     lr_factor: Positive
     lr_factor_on: Literal["all", "adapter", "lambda"]
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)]
-    epochs: Whole
-    batch_size: Whole
-    accumulation: Whole
-    max_length: Annotated[int, Field(ge=8)]
+    epochs: Epochs
+    batch_size: RowCount
+    accumulation: RowCount
+    max_length: Annotated[int, Field(ge=8, le=100_000)]
     weight_decay: NotNegative
     warmup_ratio: Share
     clip_norm: Positive | None
@@ -379,6 +387,8 @@ def _shape_misfits(value: _Valid, shape: Shape) -> list[Fault]:
     if shape.width % shape.heads:
         faults.append(Fault("model.shape.heads", shape.heads, f"does not divide the width {shape.width}"))
     linears = shape.linears()
+    if (weights := sum(i * o for i, o in linears.values())) > MOST_WEIGHTS:
+        faults.append(Fault("model.shape", MISSING, f"{weights:.2g} weights, at most {MOST_WEIGHTS:.0g}"))
     adapted: dict[str, tuple[int, int]] = {}
     for pattern in value("method.targets") or ():
         matched = {name: widths for name, widths in linears.items() if matches(pattern, name)}
@@ -403,21 +413,30 @@ def _shape_misfits(value: _Valid, shape: Shape) -> list[Fault]:
 # --- Faults for people
 
 
-def _resolve(config: DictConfig, prefix: str = "") -> tuple[dict[str, Any], list[Fault]]:
+def _resolve(config: DictConfig) -> tuple[dict[str, Any], list[Fault]]:
     """The config as plain data, with each interpolation that cannot be resolved as a fault."""
     plain: dict[str, Any] = OmegaConf.to_container(config, resolve=False)  # type: ignore[assignment]
     faults = []
-    for name in plain:
+    for path, inside in list(_unresolved(plain)):
+        name = path[-1]
         try:
-            value = config[name]
-            if isinstance(value, DictConfig):
-                plain[name], inner = _resolve(value, f"{prefix}{name}.")
-                faults += inner
-            else:
-                plain[name] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+            value = functools.reduce(operator.getitem, path, config)
+            inside[name] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         except OmegaConfBaseException as error:
-            faults.append(Fault(f"{prefix}{name}", plain[name], str(error).splitlines()[0]))
+            faults.append(Fault(".".join(map(str, path)), inside[name], str(error).splitlines()[0]))
     return plain, faults
+
+
+def _unresolved(plain: dict[str, Any], above: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
+    """Where OmegaConf has more to say than what is written: the keys of each such value, and the dict it is in.
+
+    They are few. For all values, OmegaConf takes ten times as long as everything else that a trial is checked for.
+    """
+    for name, value in plain.items():
+        if isinstance(value, dict):
+            yield from _unresolved(value, (*above, name))
+        elif isinstance(value, str | list) and re.search(r"\$\{|\?\?\?", str(value)):
+            yield (*above, name), plain
 
 
 def _without_echoes(faults: list[Fault], config: DictConfig | Mapping[str, Any]) -> list[Fault]:

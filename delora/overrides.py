@@ -3,6 +3,7 @@
 Hydra stops at the first fault and knows no types; this finds all faults at once. Hydra's own keys pass.
 """
 
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
@@ -12,12 +13,14 @@ from typing import Any
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override
+from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from delora.config import MISSING, ConfigError, Fault, Trial, did_you_mean, expected, nearest
+
+MOST_TRIALS = 100_000  # of a sweep
 
 
 def tidy(words: Iterable[str]) -> list[str]:
@@ -68,6 +71,7 @@ class _Command:
         groups = {path.name for folder in self._folders for path in folder.iterdir() if path.is_dir()}
         groups.discard("hydra")
         self._options = {group: self._list(group) for group in sorted(groups)}
+        self._count_trials(overrides)
         own = [override for override in overrides if not override.is_hydra_override() and self._is_plain(override)]
         choices = {o.key_or_group: self._choose(o) for o in own if o.key_or_group in self._options}
         values = {o.key_or_group: self._values(o) for o in own if o.key_or_group not in self._options}
@@ -105,6 +109,15 @@ class _Command:
             return True
         return False
 
+    def _count_trials(self, overrides: Sequence[Override]) -> None:
+        """Refuses a sweep of more trials than can be told apart, before it is expanded."""
+        if any(override.key_or_group == "hydra/sweeper" for override in overrides):
+            return  # that sweeper has a number of its own
+        counts = {str(o.input_line): _count(o) for o in overrides if o.is_sweep_override()}
+        if (trials := math.prod(counts.values())) > MOST_TRIALS:
+            words = " ".join(word for word, count in counts.items() if count > 1)
+            self.faults.append(f"{words}: {trials:,} trials, a sweep has at most {MOST_TRIALS:,}")
+
     def _values(self, override: Override) -> list[Any]:
         """The value, or each value of a sweep."""
         if not override.is_sweep_override():
@@ -115,6 +128,8 @@ class _Command:
         sweep = override.value()
         if isinstance(sweep, IntervalSweep):
             return [sweep.start, sweep.end]
+        if isinstance(sweep, RangeSweep) and _count(override) > MOST_TRIALS:
+            return [sweep.start]
         return [Override._convert_value(value) for value in override.sweep_iterator()]  # type: ignore[arg-type]
 
     def _choose(self, override: Override) -> list[str]:
@@ -178,24 +193,38 @@ class _Command:
     def _check_values(self, values: Mapping[str, list[Any]], configs: Sequence[DictConfig]) -> None:
         """The first values in each config, and each other value with the first ones of the other keys."""
         first = {key: several[0] for key, several in values.items() if several}
-        for config in configs:
-            self._check_config(config, first)
-        others = [(key, value) for key, several in values.items() for value in several[1:]]
-        for key, value in others:
-            having = [config for config in configs if key in _keys(config)]
-            if having:
-                self._check_config(having[0], {**first, key: value})
-
-    def _check_config(self, config: DictConfig, values: Mapping[str, Any]) -> None:
-        config = config.copy()
-        for key, value in values.items():
-            if key not in _keys(config):
+        known = [set(_keys(config)) for config in configs]
+        bases = [config.copy() for config in configs]
+        for base, keys in zip(bases, known, strict=True):
+            self._set(base, {key: value for key, value in first.items() if key in keys})
+            self.faults += Trial.check(base)[1]
+        for key, several in values.items():
+            having = next((base for base, keys in zip(bases, known, strict=True) if key in keys), None)
+            if having is None or not several[1:]:
                 continue
+            changed = having.copy()  # for all values, each of which takes the place of the one before
+            for value in several[1:]:
+                if isinstance(value, Mapping):  # is merged with what is there
+                    changed = having.copy()
+                self._set(changed, {key: value})
+                self.faults += Trial.check(changed)[1]
+
+    def _set(self, config: DictConfig, values: Mapping[str, Any]) -> None:
+        for key, value in values.items():
             try:
                 OmegaConf.update(config, key, value)
             except OmegaConfBaseException as error:
                 self.faults.append(Fault(key, value, str(error).splitlines()[0]))
-        self.faults += Trial.check(config)[1]
+
+
+def _count(override: Override) -> int:
+    """How many values a word stands for, as far as that is known without expanding it."""
+    sweep = override.value()
+    if isinstance(sweep, ChoiceSweep):
+        return len(sweep.list)
+    if isinstance(sweep, RangeSweep) and sweep.step:
+        return max(0, math.ceil((sweep.stop - sweep.start) / sweep.step))  # type: ignore[operator]
+    return 1
 
 
 def _unreadable(word: str) -> str:

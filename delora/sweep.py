@@ -22,7 +22,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING
 
 from rich.console import Console as Rich
 from rich.table import Table
@@ -33,9 +32,6 @@ from delora.console import Console, duration
 from delora.errors import UserError
 from delora.results import ConfigChanged, InUse, Result, ResultsError, TrialFolder
 from delora.tracking import Tracking
-
-if TYPE_CHECKING:
-    from delora.data.batches import Tokens
 
 FLEETS, TRIALS, STATE = ".fleets", "trials.json", "state.safetensors"
 AXES = ("seed", "lr", "lr_factor", "lr_factor_on")  # along which a sweep may grow
@@ -115,6 +111,9 @@ def print_plan(trials: Sequence[Trial]) -> None:
     if missing:
         _import_torch()
     groups = plan(missing, sweep.trials)
+    measured: dict[str, float] = {}  # seconds of a trial of a company that has finished ones
+    for folder, result in sweep.found.items():
+        measured.setdefault(sweep.trials[folder].company, result["seconds"]["total"] / result["fleet_size"])
     total, known = 0.0, True
     table = Table("fleet", "trials", "", "memory", "time", box=None, pad_edge=False)
     for number, group in enumerate(groups, start=1):
@@ -122,13 +121,14 @@ def print_plan(trials: Sequence[Trial]) -> None:
         from delora.run import choose_device, prepare
 
         trial, tokens = group.trials[0], prepare(group.trials[0])[1]
-        seconds = _seconds(group, sweep, tokens)
+        each = measured.get(trial.company)
+        device = choose_device(trial.device)
+        seconds = cost.seconds(group.trials, tokens, device) if each is None else each * len(group.trials)
         total, known = total + (seconds or 0), known and seconds is not None
         memory = "unknown"
         if trial.model.shape:
-            device = choose_device(trial.device)
-            encoder, each = cost.needed_bytes(trial, len(group.trials), trial.model.shape, tokens, device)
-            memory = f"up to {(encoder + each * len(group.trials)) / 1e9:.1f} GB"
+            encoder, more = cost.needed_bytes(trial, len(group.trials), trial.model.shape, tokens, device)
+            memory = f"up to {(encoder + more * len(group.trials)) / 1e9:.1f} GB"
         about = f"{trial.task.name} {trial.method.name} {trial.model.name}" + (
             ", begun" if group.state.exists() else ""
         )
@@ -138,17 +138,6 @@ def print_plan(trials: Sequence[Trial]) -> None:
         f"{len(sweep.trials)} trials: {len(sweep.found)} done, {len(missing)} to run in {len(groups)} fleets, "
         f"roughly {duration(total)}{'' if known else ' and what is unknown'}. Nothing was trained."
     )
-
-
-def _seconds(group: Group, sweep: "Sweep", tokens: "Mapping[str, Tokens]") -> float | None:
-    """As long as a finished fleet of the same company took, or else estimated."""
-    for folder, result in sweep.found.items():
-        if sweep.trials[folder].company == group.trials[0].company:
-            return result["seconds"]["total"] * len(group.trials) / result["fleet_size"]
-    from delora import cost
-    from delora.run import choose_device
-
-    return cost.seconds(group.trials, tokens, choose_device(group.trials[0].device))
 
 
 @functools.cache
@@ -376,6 +365,8 @@ def _refuse_changes(trials: Iterable[Trial]) -> None:
             by_sweep.setdefault(trial.folder.parent, []).append(trial)
     for root, mine in by_sweep.items():
         known = [config for path in sorted(root.glob("*/")) if (config := results.stored_config(path))]
+        if not known:
+            continue
         old, new = _values(known), _values([trial.resolved() for trial in mine])
         changes = {
             f"  {key}: {_listed(old[cell][key])} → {_listed(values)}": None

@@ -1,7 +1,7 @@
 """Hydra's plugins for `delora-run -m`: Hydra finds them by the name of this folder."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -10,6 +10,9 @@ from hydra.core.utils import JobReturn, JobStatus
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
+
+if TYPE_CHECKING:
+    from delora.config import Trial
 
 
 class FleetLauncher(Launcher):
@@ -26,29 +29,40 @@ class FleetLauncher(Launcher):
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         from delora.cli import train
 
-        configs = self.compose_all(job_overrides)
-        scores = train(configs)
-        if configs[0].plan:
+        trials = self.trials(job_overrides)
+        scores = train(trials)
+        if trials[0].plan:
             raise SystemExit(0)  # a sweeper that looks for the best would go on
-        jobs = zip(job_overrides, configs, scores, strict=True)
-        return [JobReturn(list(o), cfg=c, status=JobStatus.COMPLETED, _return_value=score) for o, c, score in jobs]
+        jobs = zip(job_overrides, scores, strict=True)
+        return [JobReturn(list(words), status=JobStatus.COMPLETED, _return_value=score) for words, score in jobs]
 
-    def compose_all(self, job_overrides: Sequence[Sequence[str]]) -> list[DictConfig]:
-        """The config of each job. Jobs with the same options share one composition, which is what takes time."""
+    def trials(self, job_overrides: Sequence[Sequence[str]]) -> "list[Trial]":
+        """The trial of each job.
+
+        Jobs with the same options that set the same keys share one composed config, in which the values of each take
+        the place of those before: composing a config takes a tenth of a second, copying one a thousandth.
+        """
+        from delora.config import Trial
+
         parser = OverridesParser.create(self.context.config_loader)
         parsed = {word: parser.parse_override(word) for word in {word for words in job_overrides for word in words}}
-        return [self._compose([parsed[word] for word in words]) for words in job_overrides]
+        return [Trial.from_config(self.compose([parsed[word] for word in words])) for words in job_overrides]
 
-    def _compose(self, overrides: Sequence[Override]) -> DictConfig:
-        plain = [o for o in overrides if self._is_value(o)]
-        rest = tuple(str(o.input_line) for o in overrides if not self._is_value(o))
-        if rest not in self.composed:
-            self.composed[rest] = self.context.config_loader.load_sweep_config(self.config, list(rest))
-            with open_dict(self.composed[rest]):
-                self.composed[rest].pop("hydra")
-        config = self.composed[rest].copy()
-        for override in plain:
-            OmegaConf.update(config, override.key_or_group, override.value())
+    def compose(self, overrides: Sequence[Override]) -> DictConfig:
+        """The config of a job, as it is until the next call."""
+        values = {o.key_or_group: o.value() for o in overrides if self._is_value(o)}
+        rest = [str(o.input_line) for o in overrides if not self._is_value(o)]
+        key = (*rest, *values)
+        if key not in self.composed:
+            self.composed[key] = self.context.config_loader.load_sweep_config(self.config, rest)
+            with open_dict(self.composed[key]):
+                self.composed[key].pop("hydra")
+        config = self.composed[key]
+        held = [OmegaConf.select(config, name, throw_on_resolution_failure=False) for name in values]
+        if any(isinstance(value, dict | DictConfig) for value in (*values.values(), *held)):
+            config = config.copy()  # a part is not replaced: what it is set to is merged with what it holds
+        for name, value in values.items():
+            OmegaConf.update(config, name, value)
         return config
 
     def _is_value(self, override: Override) -> bool:

@@ -146,6 +146,10 @@ def test_minilm_s_shape_and_hash_are_the_package_s():
         ("epochs", 0, "epochs=0: must be at least 1"),
         ("batch_size", True, "batch_size=true: expected a whole number"),
         ("accumulation", 33, "accumulation=33: a batch of 32 cannot be cut into 33 parts"),
+        ("epochs", 10**20, "epochs=100000000000000000000: must be at most 100000"),
+        ("epochs", 1e20, "epochs=1e+20: expected a whole number"),
+        ("batch_size", 10**8, "batch_size=100000000: must be at most 10000000"),
+        ("fleet.size", 10**10, "fleet.size=10000000000: must be at most 1000000000"),
         ("max_length", 7, "max_length=7: must be at least 8"),
         ("max_length", 513, "max_length=513: above 512, the longest input of model=roberta_base"),
         ("warmup_ratio", 1, "warmup_ratio=1: must be below 1"),
@@ -170,6 +174,9 @@ def test_minilm_s_shape_and_hash_are_the_package_s():
         ("method.targets", ["pooler.dense"], "method.targets=pooler.dense: matches no linear layer"),
         ("model.source", None, "model: expected one of source, package and random"),
         ("model.shape", 3, "model.shape=3: expected a group of keys"),
+        ("model.shape.layers", 10**12, "model.shape.layers=1000000000000: must be at most 1000"),
+        ("model.shape.width", 10**12, "model.shape.width=1000000000000: must be at most 100000"),
+        ("model.shape.ffn", 10**12, "model.shape.ffn=1000000000000: must be at most 100000"),
         ("model.shape.heads", 5, "model.shape.heads=5: does not divide the width 768"),
         ("model.sha256", "12", "model.sha256=12: expected 64 hexadecimal digits"),
         ("lrr", 1, "lrr: no such key"),
@@ -179,6 +186,14 @@ def test_minilm_s_shape_and_hash_are_the_package_s():
 def test_an_impossible_value_is_the_one_fault(key, value, message):
     faults = faults_of(**{key: value})
     assert len(faults) == 1 and message in faults[0], faults
+
+
+def test_sizes_that_no_machine_has_are_faults():
+    assert faults_of("data=synthetic", **{"data.rows.train": 10**11}) == [
+        "data.rows.train=100000000000: must be at most 10000000"
+    ]
+    large = {"model.shape.layers": 1000, "model.shape.width": 9984, "model.shape.heads": 96}
+    assert faults_of(**large) == ["model.shape: 4.6e+11 weights, at most 1e+11"]
 
 
 @pytest.mark.parametrize(

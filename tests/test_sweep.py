@@ -17,10 +17,12 @@ from hydra import initialize_config_dir
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import HydraContext, RunMode
+from omegaconf import OmegaConf, open_dict
 from safetensors.torch import load_file
 
-from delora import results
+from delora import overrides, results
 from delora.cli import conf_folder
+from delora.config import ConfigError, Trial
 from delora.sweep import Group, plan
 from hydra_plugins.delora_fleet import FleetLauncher
 
@@ -103,25 +105,70 @@ def test_fleets_are_of_even_size(size, parts):
     assert [trial for group in groups for trial in group.trials] == trials
 
 
-def test_jobs_are_composed_as_hydra_composes_them():
-    """In seconds for 200 jobs, where Hydra itself takes a tenth of a second for each."""
+@pytest.fixture
+def launcher():
+    """As Hydra sets it up for a multirun."""
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
         loader = GlobalHydra.instance().config_loader()
-        master = loader.load_configuration("config", [], run_mode=RunMode.MULTIRUN)
         launcher = FleetLauncher()
         context = HydraContext(config_loader=loader, callbacks=Callbacks())
+        master = loader.load_configuration("config", [], run_mode=RunMode.MULTIRUN)
         launcher.setup(hydra_context=context, task_function=lambda config: None, config=master)
-        choices = itertools.product(("delora", "lora", "ether", "dora"), ("mrpc", "rte"), range(25))
-        jobs = [
-            [f"method={m}", f"task={t}", f"seed={s}", "lr_factor=3", "experiment=quickstart", "+method.targets=[key]"]
-            for m, t, s in choices
-        ]
-        start = time.monotonic()
-        configs = launcher.compose_all(jobs)
-        assert len(configs) == 200 and time.monotonic() - start < 15
-        for words, config in list(zip(jobs, configs, strict=True))[::23]:
-            theirs = loader.load_sweep_config(master, words)
-            assert config == {key: value for key, value in theirs.items() if key != "hydra"}
+    return launcher
+
+
+def test_jobs_are_composed_as_hydra_composes_them(launcher):
+    choices = itertools.product(("delora", "lora", "ether", "dora"), ("mrpc", "rte"), range(25))
+    jobs = [
+        [f"method={m}", f"task={t}", f"seed={s}", "lr_factor=3", "experiment=quickstart", "+method.targets=[key]"]
+        for m, t, s in choices
+    ]
+    rows = ("{train:8}", "{train:9,validation:8}", "null", "{validation:7}")
+    parts = [["data=synthetic", f"data.rows={r}", f"lr={lr}"] for r in rows for lr in ("1", "${seed}", "2")]
+    parts += [["data=synthetic", "data.rows=null"], ["data=synthetic", "data.rows.train=5"], ["seed=7"]]
+    jobs = [*jobs[::23], *parts, *jobs[::31]]
+    for words, trial in zip(jobs, launcher.trials(jobs), strict=True):
+        theirs = launcher.context.config_loader.load_sweep_config(launcher.config, words)
+        with open_dict(theirs):
+            theirs.pop("hydra")
+        assert trial == Trial.from_config(theirs), words
+
+
+def test_a_job_is_checked_and_composed_in_less_time_than_copying_its_config_takes(launcher):
+    jobs = [["model=minilm", "method=lora", f"seed={seed}"] for seed in range(300)]
+    config = launcher.context.config_loader.load_sweep_config(launcher.config, jobs[0])
+    with open_dict(config):
+        config.pop("hydra")
+
+    def seconds(work: Callable[[], object]) -> float:
+        start = time.process_time()
+        work()
+        return time.process_time() - start
+
+    copying = seconds(lambda: [OmegaConf.to_container(config.copy(), resolve=False) for _ in jobs])
+    assert seconds(lambda: launcher.trials(jobs)) < 0.85 * copying
+    words = [*jobs[0][:2], "seed=range(300)"]
+    assert seconds(lambda: overrides.check(words, conf_folder(), multirun=True)) < 0.85 * copying
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (["seed=range(0,10000000)"], "seed=range(0,10000000): 10,000,000 trials, a sweep has at most 100,000"),
+        (["lr=range(0.1,1e9,0.1)"], "lr=range(0.1,1e9,0.1): 9,999,999,999 trials"),
+        (["seed=range(100000)", "method=lora"], None),
+        (["seed=range(50001)", "lr=1,2", "task=mrpc"], "seed=range(50001) lr=1,2: 100,002 trials"),
+        (["seed=range(50001)", "lr=choice(1,2)", "hydra/sweeper=optuna"], None),
+    ],
+)
+def test_a_sweep_of_too_many_trials_is_refused_before_it_is_expanded(words, fault, monkeypatch):
+    monkeypatch.setattr(Trial, "check", classmethod(lambda *_: (None, [])))  # of each value, which takes its time
+    if fault is None:
+        overrides.check(words, conf_folder(), multirun=True)
+        return
+    with pytest.raises(ConfigError) as caught:
+        overrides.check(words, conf_folder(), multirun=True)
+    assert len(caught.value.faults) == 1 and caught.value.faults[0].startswith(fault)
 
 
 # --- One sweep
