@@ -1,8 +1,13 @@
 """Attention over packed rows: what padding would give, plain and as a Triton kernel, with the same dropout."""
 
+import hashlib
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from test_train import CPU, CUDA
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from delora import attention
 from delora.data.batches import Layout
@@ -64,6 +69,41 @@ def one_by_one(q, k, v, layout, scaling, dropout):
     return y
 
 
+def pad(x, layout):
+    """Packed rows (K, N, H, D) as transformers pads and passes them, (K·B, H, T, D)."""
+    padded = x.new_zeros(*layout.length_KB.shape, int(layout.length_KB.max()), *x.shape[2:])
+    for k, b in np.ndindex(*layout.length_KB.shape):
+        first, length = int(layout.first_KB[k, b]), int(layout.length_KB[k, b])
+        padded[k, b, :length] = x[k, first : first + length]
+    return padded.flatten(0, 1).transpose(1, 2)
+
+
+@pytest.mark.parametrize("dropped", [False, True])
+def test_padded_batches_are_attended_as_packed_ones(dropped):
+    """What every encoder trains with whose examples are not packed, dropped where the same token is in a packed row."""
+    layout = make_layout(LENGTHS, CPU)
+    q, k, v, g = make_inputs(layout, torch.float64, CPU)
+    dropout = make_dropout(layout, CPU)
+    expected = results(attention.padded_attention, layout, (q, k, v, g), dropout if dropped else None)
+
+    length_KB, longest = layout.length_KB, int(layout.length_KB.max())
+    mask_BT = torch.arange(longest) < length_KB.flatten()[:, None]
+    place_KN = torch.arange(length_KB.shape[1] * longest, dtype=torch.int32).expand(len(length_KB), -1)
+    parts = (place_KN // longest, place_KN % longest, place_KN[:, ::longest].long(), length_KB, place_KN[0, :longest])
+    dropout.keys.set(Layout(*parts), torch.tensor(7), earlier=2)
+    dropout.keys.layout = None
+    attend = ALL_ATTENTION_FUNCTIONS["delora"]
+    module = SimpleNamespace(dropout=dropout, training=True)
+    y, _ = attend(
+        module, *(pad(x, layout) for x in (q, k, v)), mask_BT[:, None, None], scaling=0.25, dropout=0.4 * dropped
+    )
+    (y * pad(g, layout).transpose(1, 2))[mask_BT].sum().backward()
+    packed = torch.arange(q.shape[1]) < length_KB.sum(1, keepdim=True)
+    found = (y[mask_BT], *(x.grad[packed] for x in (q, k, v)))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("dropped", [False, True])
 def test_packed_attention_is_each_example_alone(dropped):
     layout = make_layout(LENGTHS, CPU)
@@ -71,6 +111,54 @@ def test_packed_attention_is_each_example_alone(dropped):
     found = results(attention.padded_attention, layout, inputs, dropout)
     for one, other in zip(found, results(one_by_one, layout, inputs, dropout), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def mix(x: int) -> int:
+    """32 bits scrambled: xor-shift, multiply, xor-shift, multiply."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        x &= 0xFFFFFFFF
+        x = (x ^ x >> shift) * factor
+    return x & 0xFFFFFFFF
+
+
+def hash32(*parts: object) -> int:
+    text = "\x1f".join(map(str, parts)).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "little") & 0xFFFFFFFF
+
+
+def is_dropped(rate, seed, step, place, example, position, element, head=None) -> bool:
+    """The hash of a mask in plain integers; two elements share one, of 16 bits each."""
+    key = mix(hash32("dropout", seed) + step * 0x9E3779B9)
+    key = mix(mix(mix(key + example) + position) ^ hash32("place", place))
+    column = mix(element // 2 + hash32("place", place))
+    bits = mix(key ^ (column if head is None else mix(column + mix(head + 1))))
+    half = (bits >> 16 if element % 2 else bits) & 0xFFFF
+    signed = half - (1 << 16 if half >= 1 << 15 else 0)
+    return signed < round(rate * (1 << 16)) - (1 << 15)
+
+
+def test_a_mask_is_this_function_of_seed_step_place_and_position():
+    """Results are repeated by other versions, devices and Triton's kernel only while it stays this one."""
+    layout, width = make_layout(LENGTHS, CPU), 7
+    dropout, rates, seeds = make_dropout(layout, CPU), (0.1, 0.4), (3, 4)
+    token = dropout(torch.ones(2, layout.example_KN.shape[1], width)) == 0
+    of_first = Dropout(dropout.keys, "here", rates).train()
+    of_first.of_first = True
+    first = of_first(torch.ones(2, 4, width)) == 0
+    two_axes = Dropout(dropout.keys, "here", rates).train()(torch.ones(8, width)).view(2, 4, width) == 0
+    heads, at = 3, layout.first_KB[:, :, None] + torch.arange(1)
+    keys = dropout.keys.key_KN.gather(1, at.flatten(1))[:, :, None]
+    weight = dropout.of_weights(torch.ones(8, heads, 1, width), keys).view(2, 4, heads, width) == 0
+    for k, (rate, seed) in enumerate(zip(rates, seeds, strict=True)):
+        for b, length in enumerate(LENGTHS[k]):
+            for e in range(width):
+                for position in range(length):
+                    expected = is_dropped(rate, seed, 7, "here", 2 + b, position, e)
+                    assert token[k, layout.first_KB[k, b] + position, e] == expected
+                expected = is_dropped(rate, seed, 7, "here", 2 + b, 0, e)
+                assert first[k, b, e] == two_axes[k, b, e] == expected
+                for head in range(heads):
+                    assert weight[k, b, head, e] == is_dropped(rate, seed, 7, "here", 2 + b, 0, e, head)
 
 
 def test_dropped_shares_are_the_rates_and_masks_differ():

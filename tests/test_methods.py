@@ -87,6 +87,22 @@ def test_golden_layers(shared, kind, dtype, trials):
                 assert close(mine, file[name], bound), (path.name, name, (mine - file[name]).abs().max())
 
 
+@pytest.mark.parametrize(("rung", "scaling"), [("ladder2_bound", "none"), ("ladder3_delora", "frobenius")])
+def test_scalings_of_the_papers_ladder(shared, rung, scaling):
+    """Tables 1 and 2 of the DeLoRA paper, from its formulas (more_layers/ladder*.safetensors)."""
+    file, meta = load(shared / "golden" / "more_layers" / f"{rung}_24x40_trained_f64.safetensors")
+    rank, one = json.loads(meta["options"])["r"], torch.ones(1).double()
+    draw = Draw([0], "layer", torch.float64, torch.device("cpu"))
+    method = DeLoRA(file["W"], draw, rank=rank, lambda_init=one, lambda_lr=one, init="zero", scaling=scaling)
+    with torch.no_grad():
+        for name in ("A", "B", "lam"):
+            getattr(method, name)[0] = file[name]
+    ours = run(method, file["x"].flatten(0, 1)[None], None, file["W"], file["b"], file["g"].flatten(0, 1)[None])
+    ours["delta_W"] = method.delta(file["W"]).detach()
+    for name in ("y", "delta_W", "grad_A", "grad_B", "grad_lam", "grad_x"):
+        assert close(ours[name].reshape(file[name].shape), file[name], FLOAT64), name
+
+
 @pytest.mark.parametrize("rank", [3, 8])
 def test_any_rank_in_half_precision(rank):
     """Ranks that are no multiple of 8 are filled up there."""

@@ -43,6 +43,7 @@ def test_each_trial_is_torchs_adamw(clip_norm):
                 parameter.grad = gradients[step][name][k].clone()
             if clip_norm is not None:
                 torch.nn.utils.clip_grad_norm_(alone.values(), clip_norm)
+            assert optimizer.rates(step)[k].item() == pytest.approx(reference.param_groups[0]["lr"], rel=1e-12)
             reference.step()
             schedule.step()
         for name, parameter in alone.items():

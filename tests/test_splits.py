@@ -43,5 +43,8 @@ def test_wnli_takes_half():
 def test_impossible_splits_are_refused():
     with pytest.raises(UserError, match="mrpc: 1 validation rows"):
         paper_split(TASKS["mrpc"], 42, 1)
-    with pytest.raises(UserError, match="seed -1"):
-        paper_split(TASKS["mrpc"], -1, 408)
+    for seed in (-1, 2**32):
+        with pytest.raises(UserError, match=f"seed {seed}"):
+            paper_split(TASKS["mrpc"], seed, 408)
+    for seed in (0, 2**32 - 1):
+        assert len(paper_split(TASKS["mrpc"], seed, 408)[0]) == 204

@@ -449,7 +449,7 @@ def test_a_sweeps_summary_run_shows_the_curves_of_the_results_on_disk(tmp_path):
     assert command("-m", *words, cwd=tmp_path).returncode == 0
     sweep = tmp_path / "outputs" / "s"
     run = Run(sweep, "*summary*")
-    assert run.group == "s" and run.exit_code == 0
+    assert run.group == "s" and run.exit_code == 0 and run.summary["status"] == "done"
     (shown,) = run.history
 
     def table(key: str) -> dict:

@@ -287,6 +287,16 @@ def test_a_frozen_weight_that_changes_ends_the_run(monkeypatch):
         train.train(fleet, data, Listener())
 
 
+def test_the_evaluation_before_training_is_never_the_best_one():
+    """At a rate of zero all evaluations are equal: the first epoch's is the best."""
+    config = eight_trials("delora", "float32")[0]
+    still = config.model_copy(update={"lr": 0.0, "method": config.method.model_copy(update={"lambda_lr": 0.0})})
+    _, [outcome], listener = train_tiny([still])
+    assert [epoch for _, epoch, _ in listener.scores] == [0, 1, 2, 3, 4, 5]
+    assert len({loss for *_, loss in listener.scores}) == 1
+    assert (outcome.best.epoch, outcome.best.step, outcome.last.epoch, outcome.last.step) == (1, 10, 5, 50)
+
+
 def test_the_first_of_equal_scores_stays_best():
     def scored(value):
         return train.Score(1, 1, {"accuracy": value})
