@@ -1,6 +1,8 @@
 """The loop: the published trajectory, each trial as if alone, divergence, frozen weights."""
 
+import json
 import math
+import time
 from functools import cache
 
 import pytest
@@ -263,6 +265,55 @@ def test_a_gpus_batches_differ_in_the_tokens_of_a_row_alone(monkeypatch):
     assert len({span for _, span in widths}) == 1 and min(widths)[1] >= tokens.longest
     assert all(any(0 <= width - row < 32 for width, _ in widths) for row, _ in on_cpu)
     assert len(widths) <= (max(widths)[0] - min(widths)[0]) // 32 + 1 < len(on_cpu) / 4
+
+
+class Kept:
+    """A checkpoint, as JSON and tensors of its own, of the state at a step; training ends there."""
+
+    class Stop(Exception):
+        pass
+
+    def __init__(self, step, scored):
+        self.at, self.state = (step, scored), None
+
+    def restore(self, state):
+        if self.state:
+            state.unpack(self.state[0], json.loads(self.state[1]))
+
+    def offer(self, state):
+        if self.state is None and (state.totals.steps, state.scored) == self.at:
+            tensors, plain = state.pack()
+            self.state = {name: tensor.clone() for name, tensor in tensors.items()}, json.dumps(plain)
+            raise Kept.Stop
+
+
+@pytest.mark.parametrize(("step", "scored"), [(4, 0), (10, 1), (13, 1)])
+def test_training_that_goes_on_from_a_checkpoint_is_undisturbed_training_to_the_bit(step, scored):
+    configs = eight_trials("delora", "float32", "epochs=2")
+    configs = [configs[1], configs[5].model_copy(update={"lr": 1e30}), configs[6]]
+    fleet, loaded = make_fleet(configs)
+    data, listener, begun = tiny_data(fleet, loaded), Listener(), time.perf_counter()
+    whole, totals = train.train(fleet, data, listener)
+    assert [outcome.status for outcome in whole] == ["done", "diverged", "done"]
+    assert totals.steps == 20 and totals.real_tokens == 3 * 2 * data.train.lengths_S.sum()
+    assert totals.real_tokens <= totals.computed_tokens < 1.2 * totals.real_tokens
+    assert totals.train_seconds > 0 and totals.evaluate_seconds > 0
+    assert totals.train_seconds + totals.evaluate_seconds < time.perf_counter() - begun
+
+    kept, first = Kept(step, scored), Listener()
+    with pytest.raises(Kept.Stop):
+        train.train(make_fleet(configs)[0], data, first, kept)
+    second = Listener()
+    after, found = train.train(make_fleet(configs)[0], data, second, kept)
+    assert str(first.losses + second.losses) == str(listener.losses)  # among them NaNs, which differ from themselves
+    assert first.scores + second.scores == listener.scores and first.ended | second.ended == listener.ended
+    assert (found.steps, found.real_tokens, found.computed_tokens) == (20, totals.real_tokens, totals.computed_tokens)
+    for one, other in zip(after, whole, strict=True):
+        assert (one.status, one.best, one.last) == (other.status, other.best, other.last)
+        assert one.diverged_step == other.diverged_step and one.adapter.keys() == other.adapter.keys()
+        assert all(torch.equal(tensor, other.adapter[name]) for name, tensor in one.adapter.items())
+        assert one.predictions.keys() == other.predictions.keys()
+        assert all(torch.equal(logits, other.predictions[name]) for name, logits in one.predictions.items())
 
 
 def test_accumulation_changes_no_result():
