@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import peft
 import torch
 import transformers
@@ -38,7 +39,8 @@ from torch import nn
 from delora import attention, overrides, pretrained, results, run
 from delora.cli import conf_folder
 from delora.config import Trial
-from delora.data.batches import epoch_order
+from delora.data import Rows
+from delora.data.batches import Tokens, epoch_order
 from delora.errors import UserError
 from delora.model import Fleet
 from delora.randomness import Dropout
@@ -106,12 +108,17 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of each turn, counted after warming up (default: 6, on a GPU 50)")
     parser.add_argument("--turns", type=int, default=5, help="at most")
     parser.add_argument("--minutes", type=float, default=6, help="after which nothing but delora's own sizes is begun")
+    parser.add_argument("--tokenize", type=int, metavar="ROWS", help="so many pairs as long as MNLI's, and that alone")
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--alone", help=argparse.SUPPRESS)  # one measurement in a process of its own: peak, start
     options = parser.parse_args()
     if options.alone:
         what, size = options.alone.split(":")
-        print({"peak": peak_bytes, "start": start_seconds}[what](options, int(size)))
+        alone: dict[str, Callable[..., Any]] = {"peak": peak_bytes, "start": start_seconds, "tokenize": tokenize}
+        print(json.dumps(alone[what](options, int(size))))
+        return
+    if options.tokenize:
+        report_tokenizing(options)
         return
     for method in (options.method, *options.methods):
         overrides.check(words(options, 42, method), conf_folder(), multirun=False)
@@ -420,10 +427,9 @@ class Benchmark:
 
         def examples(split: str, order: torch.Tensor) -> list[dict[str, Any]]:
             tokens = self.tokens[split]
-            columns = {name: matrix.cpu() for name, matrix in tokens.inputs.items()}
+            columns = {name: ids.cpu().split(tokens.lengths_S.tolist()) for name, ids in tokens.inputs.items()}
             return [
-                {name: matrix[i, : tokens.lengths_S[i]].tolist() for name, matrix in columns.items()}
-                | {"labels": int(tokens.labels_S[i])}
+                {name: ids[i].tolist() for name, ids in columns.items()} | {"labels": int(tokens.labels_S[i])}
                 for i in order
             ]
 
@@ -507,17 +513,21 @@ def unprune(fleet: Fleet) -> None:
 # --- In a process of its own
 
 
-def apart(what: str, environment: dict[str, str] | None = None) -> float:
-    """The number that this script prints for --alone WHAT."""
+def apart(what: str, environment: dict[str, str] | None = None) -> Any:
+    """What this script prints for --alone WHAT."""
     line = [sys.executable, __file__, *sys.argv[1:], "--alone", what]
     answer = subprocess.run(line, stdout=subprocess.PIPE, text=True, check=True, env=os.environ | (environment or {}))
-    return float(answer.stdout.split()[-1])
+    return json.loads(answer.stdout.splitlines()[-1])
 
 
 def peak_bytes(options: argparse.Namespace, size: int) -> float:
     """The most memory that this process takes for a fleet's first steps."""
     options.steps = 1
     Benchmark(options).delora(size)
+    return peak_of_process()
+
+
+def peak_of_process() -> float:
     with contextlib.suppress(OSError):  # on Linux, where maxrss begins with that of the process that started this one
         return float(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * BYTES_IN_MAXRSS
@@ -532,6 +542,55 @@ def start_seconds(options: argparse.Namespace, size: int) -> float:
     begun = clock.now()
     bench.train(fleet, clock)
     return clock.start - begun - warmup * clock.seconds()
+
+
+def tokenize(options: argparse.Namespace, rows: int) -> dict[str, float]:
+    """Seconds and peak memory of so many pairs that are as long as MNLI's."""
+    tokenizer = pretrained.load(trial(options, 42).model, TASKS["mnli"]).tokenizer
+    pairs = Rows(pairs_like_mnli(options, rows), np.zeros(rows, np.int64))
+    loaded, start, used = peak_of_process(), time.perf_counter(), time.process_time()
+    tokens = Tokens(pairs, tokenizer, trial(options, 42).max_length, run.choose_device(options.device), torch.float32)
+    return {
+        "seconds": time.perf_counter() - start,
+        "cpu_seconds": time.process_time() - used,
+        "loaded_bytes": loaded,
+        "peak_bytes": peak_of_process(),
+        "tokens": int(tokens.lengths_S.sum()),
+        "longest": tokens.longest,
+    }
+
+
+def pairs_like_mnli(options: argparse.Namespace, rows: int) -> list[tuple[str, ...]]:
+    """Premises of 20 words in the mean and up to 400, hypotheses of 10, of words that are about one token each."""
+    vocabulary = pretrained.load(trial(options, 42, model="minilm").model, TASKS["mnli"]).tokenizer.get_vocab()
+    words = np.array(sorted(word for word in vocabulary if word.isalpha() and len(word) > 1))
+    draw = np.random.default_rng(0)
+
+    def sentences(count: int, mean: float, deviation: float) -> Iterator[str]:
+        spread = math.log(1 + (deviation / mean) ** 2)
+        lengths = draw.lognormal(math.log(mean) - spread / 2, spread**0.5, count).round().clip(1, 400).astype(int)
+        for several in np.array_split(lengths, max(1, count // 1000)):  # their words at once take memory
+            chosen = words[draw.integers(len(words), size=several.sum())]
+            for end, length in zip(several.cumsum(), several, strict=True):
+                yield " ".join(chosen[end - length : end]) + " ."
+
+    return list(zip(sentences(rows, 20, 14), sentences(rows, 10, 4), strict=True))
+
+
+def report_tokenizing(options: argparse.Namespace) -> None:
+    """A first run and one that finds its cache, each in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        runs = [apart(f"tokenize:{options.tokenize}", {"XDG_CACHE_HOME": folder}) for _ in range(2)]
+    if options.json:
+        options.json.write_text(json.dumps(runs, indent=1) + "\n")
+    mean = runs[0]["tokens"] / options.tokenize
+    print(f"{options.tokenize:,} pairs of {mean:.1f} tokens in the mean, {runs[0]['longest']} at most, {options.model}")
+    for name, made in zip(("first run", "second run"), runs, strict=True):
+        loaded = f"{made['loaded_bytes'] / 1e9:.2f} with the texts alone"
+        print(
+            f"{name}: {made['seconds']:.1f} s ({made['cpu_seconds']:.1f} of a core), "
+            f"{made['peak_bytes'] / 1e9:.2f} GB at the peak ({loaded})"
+        )
 
 
 # --- The tables

@@ -1,5 +1,6 @@
 """The benchmark: what it measures does the same work, and its figures follow from its measurements."""
 
+import argparse
 import json
 import os
 import statistics
@@ -92,3 +93,18 @@ def test_a_users_mistake_is_told_in_one_line():
     done = subprocess.run(command, capture_output=True, text=True, env=os.environ | OFFLINE)
     assert done.returncode == 1 and "did you mean dora?" in done.stderr
     assert len(done.stderr.splitlines()) == 1 and not done.stdout
+
+
+def test_pairs_are_as_long_as_mnlis_and_their_tokens_are_timed():
+    benchmark = load_script("benchmark")
+    options = argparse.Namespace(
+        model="minilm", method="lora", batch_size=32, device="cpu", precision="float32", data=None
+    )
+    pairs = benchmark.pairs_like_mnli(options, 2000)
+    premise, hypothesis = (
+        statistics.fmean(len(text.split()) - 1 for text in column) for column in zip(*pairs, strict=True)
+    )
+    assert len(pairs) == 2000 and premise == pytest.approx(20, abs=1) and hypothesis == pytest.approx(10, abs=0.5)
+    measured = benchmark.tokenize(options, 2000)
+    assert 32 < measured["tokens"] / 2000 < 42 and measured["seconds"] > 0
+    assert 1e8 < measured["loaded_bytes"] <= measured["peak_bytes"]

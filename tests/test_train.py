@@ -72,9 +72,10 @@ def test_published_trajectory(shared, monkeypatch, trials, precision, device):
     tokens = Tokens(
         Rows([("a", "b")] * 32, golden["labels"].flatten().numpy()), loaded.tokenizer, 32, device, fleet.dtype
     )
-    ids = golden["input_ids"].flatten(0, 1).int().to(device)
+    ids = golden["input_ids"].flatten().int().to(device)
     tokens.inputs = {"input_ids": ids, "token_type_ids": torch.zeros_like(ids)}
     tokens.lengths_S[:], tokens._length_S[:], tokens.longest = 32, 32, 32
+    tokens._first_S[:] = torch.arange(0, 32 * 32, 32)
     in_file_order = torch.arange(32).expand(trials, -1)
     monkeypatch.setattr(train, "epoch_order", lambda seeds, epoch, rows: in_file_order)
     # The fleet ends with its best values; the reference holds the last ones.

@@ -13,6 +13,7 @@ import transformers
 from torch import Tensor
 
 from delora.data import Rows
+from delora.data.tokenizing import encode
 from delora.randomness import permutation
 
 
@@ -53,16 +54,18 @@ MULTIPLE = 32  # of tokens, where each width of a row costs something: on a GPU 
 
 
 class Tokens:
-    """A split as token matrices on the device, from which batches are gathered without a copy from the host.
+    """A split as tokens on the device, from which batches are gathered without a copy from the host.
 
     Args:
         rows: the split.
         tokenizer: a transformers tokenizer.
         max_length: examples with more tokens are cut.
-        device: where the matrices stay.
+        device: where the tokens stay.
         score_dtype: the dtype of regression labels.
 
     Attributes:
+        inputs: (tokens of all examples,) int32, one example after the other.
+        lengths_S: tokens of each example, int64, on the CPU.
         longest: the tokens of the longest example.
         cut: how many examples were.
     """
@@ -75,19 +78,13 @@ class Tokens:
         device: torch.device,
         score_dtype: torch.dtype,
     ):
-        columns = [list(column) for column in zip(*rows.texts, strict=True)]
-        encoded = tokenizer(*columns, truncation=True, max_length=max_length, padding=False)
-        self.lengths_S = np.array([len(ids) for ids in encoded["input_ids"]])
+        encoded = encode(rows.texts, tokenizer, max_length)
+        self.lengths_S, self.cut = encoded.lengths_S, encoded.cut
         self.longest = int(self.lengths_S.max())
-        full = np.flatnonzero(self.lengths_S == max_length)
-        self.cut = sum(bool(encoded.encodings[i].overflowing) for i in full)
-        fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": 0}
-        self.inputs = {
-            name: _padded(encoded[name], self.lengths_S, value).to(device)
-            for name, value in fill.items()
-            if name in encoded
-        }
+        self.inputs = {name: torch.from_numpy(ids).to(device) for name, ids in encoded.inputs.items()}
+        self._fill = {"input_ids": tokenizer.pad_token_id, "token_type_ids": 0}
         self._length_S = torch.from_numpy(self.lengths_S).to(device)
+        self._first_S = self._length_S.cumsum(0) - self._length_S
         integral = np.issubdtype(rows.labels.dtype, np.integer)
         self.labels_S = torch.from_numpy(rows.labels).to(device, torch.long if integral else score_dtype)
 
@@ -132,13 +129,15 @@ class Tokens:
         first_KB = end_KB - length_KB
         position_KN = place_N - first_KB.gather(1, example_KN)
         real_KN = position_KN < length_KB.gather(1, example_KN)
-        # What fills a row after its examples has no effect; it takes the place of a first token, which always is.
-        position_KN = torch.where(real_KN, position_KN, 0) if packed else position_KN
-        row_KN = index.gather(1, example_KN)
-        inputs = {name: matrix[row_KN, position_KN] for name, matrix in self.inputs.items()}
-        if not packed:
-            inputs["attention_mask"] = real_KN
-            inputs = {name: tensor.view(-1, span) for name, tensor in inputs.items()}
+        # What fills a row has no effect; it takes the place of a first token, which always is.
+        inside_KN = torch.where(real_KN, position_KN, 0)
+        token_KN = self._first_S[index].gather(1, example_KN) + inside_KN
+        inputs = {name: ids[token_KN] for name, ids in self.inputs.items()}
+        if packed:
+            position_KN = inside_KN
+        else:
+            inputs = {name: torch.where(real_KN, ids, self._fill[name]).view(-1, span) for name, ids in inputs.items()}
+            inputs["attention_mask"] = real_KN.view(-1, span)
         place_T = torch.arange(span, dtype=torch.int32, device=index.device)
         layout = Layout(example_KN.int(), position_KN.int(), first_KB, length_KB.int(), place_T)
         return Batch(inputs, self.labels_S[index], layout)
@@ -156,10 +155,3 @@ class Tokens:
 def epoch_order(seeds: list[int], epoch: int, rows: int) -> Tensor:
     """The order (K, S) in which each trial sees the training rows in `epoch`, a function of its seed and the epoch."""
     return torch.stack([permutation(rows, "order", seed, epoch) for seed in seeds])
-
-
-def _padded(sequences: list[list[int]], lengths: np.ndarray, value: int) -> Tensor:
-    matrix = np.full((len(sequences), int(lengths.max())), value, dtype=np.int32)
-    inside = np.arange(matrix.shape[1]) < lengths[:, None]
-    matrix[inside] = np.concatenate([np.asarray(s, dtype=np.int32) for s in sequences])
-    return torch.from_numpy(matrix)
