@@ -11,7 +11,6 @@ import operator
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -20,6 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
+from delora.encoders import Shape, families
 from delora.errors import UserError
 from delora.tasks import TASKS
 
@@ -99,7 +99,6 @@ Whole = Annotated[int, Field(ge=1, le=10**9)]
 Epochs = Annotated[int, Field(ge=1, le=100_000)]
 RowCount = Annotated[int, Field(ge=1, le=10_000_000)]
 Width = Annotated[int, Field(ge=1, le=100_000)]
-Layers = Annotated[int, Field(ge=1, le=1_000)]
 MOST_WEIGHTS = 10**11  # of an encoder
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
@@ -146,33 +145,6 @@ class MethodConfig(Section):
         """The method's own options: what its class is built with."""
         common = {"target", "name", "base_lr", "weight_decay", "betas", "targets", "dropout"}
         return self.model_dump(exclude=common, exclude_unset=True)
-
-
-class Shape(Section):
-    """The shape of an encoder: enough to name its linear layers without loading it. Widths in features."""
-
-    family: Literal["bert", "roberta"]
-    layers: Layers
-    width: Width
-    ffn: Width
-    heads: Width
-    positions: Width
-
-    def linears(self) -> dict[str, tuple[int, int]]:
-        """Input and output width of each linear layer of the encoder, by transformers' names."""
-        inside = {
-            "attention.self.query": (self.width, self.width),
-            "attention.self.key": (self.width, self.width),
-            "attention.self.value": (self.width, self.width),
-            "attention.output.dense": (self.width, self.width),
-            "intermediate.dense": (self.width, self.ffn),
-            "output.dense": (self.ffn, self.width),
-        }
-        layers = (f"{self.family}.encoder.layer.{i}" for i in range(self.layers))
-        linears = {f"{layer}.{name}": widths for layer in layers for name, widths in inside.items()}
-        if self.family == "bert":
-            linears["bert.pooler.dense"] = (self.width, self.width)
-        return linears
 
 
 class ModelConfig(Section):
@@ -329,17 +301,6 @@ def _digest(config: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
 
 
-# --- Target layers
-
-
-def matches(pattern: str, name: str) -> bool:
-    """Whether a layer's dotted name ends, from a dot on, as the pattern says; * and [0-3] as in file names.
-
-    `query` and `layer.[0-3].attention.self.query` match roberta.encoder.layer.0.attention.self.query.
-    """
-    return fnmatchcase(name, pattern) or fnmatchcase(name, f"*.{pattern}")
-
-
 # --- What does not fit together
 
 
@@ -386,15 +347,16 @@ def _shape_misfits(value: _Valid, shape: Shape) -> list[Fault]:
         faults.append(Fault("max_length", max_length, message))
     if shape.width % shape.heads:
         faults.append(Fault("model.shape.heads", shape.heads, f"does not divide the width {shape.width}"))
-    linears = shape.linears()
+    encoder = families()[shape.family]
+    linears = encoder.linears(shape)
     if (weights := sum(i * o for i, o in linears.values())) > MOST_WEIGHTS:
         faults.append(Fault("model.shape", MISSING, f"{weights:.2g} weights, at most {MOST_WEIGHTS:.0g}"))
     adapted: dict[str, tuple[int, int]] = {}
     for pattern in value("method.targets") or ():
-        matched = {name: widths for name, widths in linears.items() if matches(pattern, name)}
+        matched = {name: linears[name] for name in encoder.linears_of(pattern, linears)}
         adapted |= matched
         if not matched:
-            ends = sorted({re.sub(r"^.*layer\.\d+\.", "", name) for name in linears})
+            ends = [*dict.fromkeys([*encoder.roles, *encoder.roles.values(), *encoder.others])]
             known = (*ends, *{end.rpartition(".")[2] for end in ends})
             hint = did_you_mean(pattern, known) or f"; it has {', '.join(ends)}"
             faults.append(Fault("method.targets", pattern, f"matches no linear layer of {model}{hint}"))

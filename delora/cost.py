@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
-from delora.config import Shape, Trial
+from delora.config import Trial
 from delora.data.batches import Tokens
+from delora.encoders import Shape, families
 from delora.train import examples_on_cpu
 
 MOST = {"cpu": 8, "cuda": 64}  # with more trials a step takes as long for each
@@ -41,12 +42,13 @@ def needed_bytes(
     size = {"float64": 8, "bfloat16": 2}.get(trial.precision, 4)
     train, longest = tokens["train"], max(t.longest for t in tokens.values())
     examples = -(-trial.batch_size // trial.accumulation)
-    count = examples * min(SPREAD * float(train.lengths_S.mean()), longest)
+    packs = families()[shape.family].packs
+    count = examples * (min(SPREAD * float(train.lengths_S.mean()), longest) if packs else longest)
     if device.type == "cpu":  # in parts, one of which has the longest examples
         count = min(examples, examples_on_cpu(trials)) * longest
     per_token = shape.width * 34 + 5 * shape.heads * longest
     activations = int(count * shape.layers * per_token * size / 2)
-    linears = shape.linears().values()
+    linears = families()[shape.family].linears(shape).values()
     encoder = (sum(i * o for i, o in linears) + 31_000 * shape.width) * size
     trained = sum(i + o for i, o in linears) * (trial.method.rank or 1) + 2 * shape.width**2
     return encoder, activations + 7 * max(size, 4) * trained
@@ -75,7 +77,7 @@ def seconds(trials: Sequence[Trial], tokens: Mapping[str, Tokens], device: torch
     shape = trials[0].model.shape
     if shape is None:
         return None
-    per_token = 2 * sum(i * o for i, o in shape.linears().values())
+    per_token = 2 * families()[shape.family].multiplications(shape)
     trained = 2 * per_token * tokens["train"].lengths_S.sum() * trials[0].epochs
     scored = per_token * sum(t.lengths_S.sum() for n, t in tokens.items() if n != "train") * (trials[0].epochs + 1)
     return PADDING * len(trials) * float(trained + scored) / _operations_a_second(shape, device, trials[0].precision)

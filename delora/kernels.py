@@ -7,7 +7,7 @@ takes the examples that it holds best. The dropout is that of `delora.randomness
 
 import os
 import shutil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import triton
@@ -16,6 +16,9 @@ from torch import Tensor
 
 from delora.data.batches import Layout
 from delora.randomness import Dropout
+
+if TYPE_CHECKING:
+    from delora.attention import Relative
 
 if not os.environ.get("CC") and not any(map(shutil.which, ("cc", "gcc", "clang"))):
     raise ImportError("Triton needs a C compiler")
@@ -30,14 +33,24 @@ def can_attend(q: Tensor, layout: Layout) -> bool:
     return q.is_cuda and q.dtype == torch.bfloat16 and fits
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, layout: Layout, scaling: float, dropout: Dropout | None) -> Tensor:
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: Layout,
+    scaling: float,
+    dropout: Dropout | None,
+    relative: "Relative | None" = None,
+) -> Tensor:
     """As `delora.attention.packed_attention`."""
     here = (layout.first_KB, layout.length_KB)
     if dropout is None:
         hashed: tuple[Tensor | None, ...] = (None, None, None, None)
     else:
         hashed = (dropout.keys.key_KN, dropout.place, dropout.threshold_K, dropout.scale_K)
-    return _attend(q, k, v, *here, *hashed, layout.span, scaling)[0]
+    bias = None if relative is None or relative.bias_HR is None else relative.bias_HR.contiguous()
+    window = -1 if relative is None or relative.window is None else relative.window
+    return _attend(q, k, v, *here, *hashed, bias, window, layout.span, scaling)[0]
 
 
 @torch.library.custom_op("delora::attend", mutates_args=())
@@ -51,6 +64,8 @@ def _attend(
     place: Tensor | None,
     threshold_K: Tensor | None,
     scale_K: Tensor | None,
+    bias: Tensor | None,
+    window: int,
     span: int,
     scaling: float,
 ) -> tuple[Tensor, Tensor]:
@@ -62,8 +77,9 @@ def _attend(
     examples = first_KB.shape[1]
     for keys in _sizes(span):
         _attend_kernel[(trials * examples, heads, keys // QUERIES)](
-            *(q, k, v, y, total, first_KB, length_KB, key_KN, place, threshold_K, scale_K, scaling, examples, tokens),
-            *(heads, width, QUERIES, keys, keys == SMALLEST, key_KN is not None),
+            *(q, k, v, y, total, first_KB, length_KB, key_KN, place, threshold_K, scale_K, bias, window, scaling),
+            *(examples, tokens, 0 if bias is None else bias.shape[1]),
+            *(heads, width, QUERIES, keys, keys == SMALLEST, key_KN is not None, bias is not None, window >= 0),
             num_warps=4 if keys <= 128 else 8,
         )
     return y, total
@@ -74,7 +90,7 @@ def _sizes(span: int) -> list[int]:
 
 
 @_attend.register_fake
-def _(q, k, v, first_KB, length_KB, key_KN, place, threshold_K, scale_K, span, scaling):
+def _(q, k, v, first_KB, length_KB, key_KN, place, threshold_K, scale_K, bias, window, span, scaling):
     return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
@@ -92,6 +108,8 @@ def _attend_backward(
     place: Tensor | None,
     threshold_K: Tensor | None,
     scale_K: Tensor | None,
+    bias: Tensor | None,
+    window: int,
     span: int,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -102,8 +120,10 @@ def _attend_backward(
     for keys in _sizes(span):
         _backward_kernel[(trials * examples, heads)](
             *(gradient, q, k, v, y, total, dq, dk, dv),
-            *(first_KB, length_KB, key_KN, place, threshold_K, scale_K, scaling, examples, tokens),
+            *(first_KB, length_KB, key_KN, place, threshold_K, scale_K, bias, window, scaling),
+            *(examples, tokens, 0 if bias is None else bias.shape[1]),
             *(heads, width, QUERIES if keys <= QUERIES else QUERIES // 2, keys, keys == SMALLEST, key_KN is not None),
+            *(bias is not None, window >= 0),
             num_warps=4 if keys <= 128 else 8,
             num_stages=1,
         )
@@ -111,18 +131,20 @@ def _attend_backward(
 
 
 @_attend_backward.register_fake
-def _(gradient, q, k, v, y, total, first_KB, length_KB, key_KN, place, threshold_K, scale_K, span, scaling):
+def _(
+    gradient, q, k, v, y, total, first_KB, length_KB, key_KN, place, threshold_K, scale_K, bias, window, span, scaling
+):
     return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
 
 
 def _keep(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    *tensors, ctx.span, ctx.scaling = inputs
+    *tensors, ctx.window, ctx.span, ctx.scaling = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(*tensors[:3], *output, *tensors[3:])
 
 
 def _gradients(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return *_attend_backward(gradient, *ctx.saved_tensors, ctx.span, ctx.scaling), *[None] * 8
+    return *_attend_backward(gradient, *ctx.saved_tensors, ctx.window, ctx.span, ctx.scaling), *[None] * 10
 
 
 _attend.register_autograd(_gradients, setup_context=_keep)
@@ -157,6 +179,23 @@ def _is_mine(length, KEYS: tl.constexpr, FIRST_SIZE: tl.constexpr):
 
 
 @triton.jit
+def _bias(BIAS, m, t, head, length, distances):
+    """The bias of keys t for queries m: of distance −R + 1 first, where there are 2·R − 1 distances."""
+    at = t[None, :] - m[:, None] + distances // 2
+    inside = (m < length)[:, None] & (t < length)[None, :]
+    return tl.load(BIAS + head * distances + at, mask=inside, other=0).to(tl.float32)
+
+
+@triton.jit
+def _is_seen(m, t, length, window, WINDOWED: tl.constexpr):
+    """Which keys t queries m see; a query behind the example's end sees what its first would."""
+    seen = (t < length)[None, :]
+    if WINDOWED:
+        seen = seen & ((tl.abs(t[None, :] - m[:, None]) <= window) | (m >= length)[:, None])
+    return seen
+
+
+@triton.jit
 def _fill(X, first, end, head, HEADS: tl.constexpr, WIDTH: tl.constexpr):
     """Zeros in what fills a row after its last example."""
     for token in range(first, end, 32):
@@ -167,9 +206,9 @@ def _fill(X, first, end, head, HEADS: tl.constexpr, WIDTH: tl.constexpr):
 
 @triton.jit
 def _attend_kernel(
-    Q, K, V, Y, TOTAL, FIRST, LENGTH, KEY, PLACE, THRESHOLD, SCALE, scaling, examples, tokens,
+    Q, K, V, Y, TOTAL, FIRST, LENGTH, KEY, PLACE, THRESHOLD, SCALE, BIAS, window, scaling, examples, tokens, distances,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, FIRST_SIZE: tl.constexpr,
-    DROPS: tl.constexpr,
+    DROPS: tl.constexpr, BIASED: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     """One block of queries of one head of one example."""
     example, head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -184,7 +223,10 @@ def _attend_kernel(
         at_t = (start + t)[:, None] * (HEADS * WIDTH) + head * WIDTH + d[None, :]
         in_m, in_t = (m < length)[:, None], (t < length)[:, None]
         q, k = tl.load(Q + at_m, mask=in_m, other=0), tl.load(K + at_t, mask=in_t, other=0)
-        weights = tl.where((t < length)[None, :], tl.dot(q, tl.trans(k)) * scaling, float("-inf"))
+        weights = tl.dot(q, tl.trans(k)) * scaling
+        if BIASED:
+            weights += _bias(BIAS, m, t, head, length, distances)
+        weights = tl.where(_is_seen(m, t, length, window, WINDOWED), weights, float("-inf"))
         top = tl.max(weights, 1)
         weights = tl.exp(weights - top[:, None])
         total = tl.sum(weights, 1)
@@ -200,9 +242,10 @@ def _attend_kernel(
 
 @triton.jit
 def _backward_kernel(
-    G, Q, K, V, Y, TOTAL, DQ, DK, DV, FIRST, LENGTH, KEY, PLACE, THRESHOLD, SCALE, scaling, examples, tokens,
+    G, Q, K, V, Y, TOTAL, DQ, DK, DV, FIRST, LENGTH, KEY, PLACE, THRESHOLD, SCALE, BIAS, window, scaling, examples,
+    tokens, distances,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, FIRST_SIZE: tl.constexpr,
-    DROPS: tl.constexpr,
+    DROPS: tl.constexpr, BIASED: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
     """All gradients of one head of one example."""
     example, head = tl.program_id(0), tl.program_id(1)
@@ -226,8 +269,10 @@ def _backward_kernel(
             in_m = (m < length)[:, None]
             q, g = tl.load(Q + at_m, mask=in_m, other=0), tl.load(G + at_m, mask=in_m, other=0)
             total = tl.load(TOTAL + (start + m) * HEADS + head, mask=m < length, other=0)
-            weights = tl.exp(tl.dot(q, tl.trans(k)) * scaling - total[:, None])
-            weights = tl.where((t < length)[None, :], weights, 0.0)
+            weights = tl.dot(q, tl.trans(k)) * scaling
+            if BIASED:
+                weights += _bias(BIAS, m, t, head, length, distances)
+            weights = tl.where(_is_seen(m, t, length, window, WINDOWED), tl.exp(weights - total[:, None]), 0.0)
             dropped, dweights = weights, tl.dot(g, tl.trans(v))
             if DROPS:
                 key = tl.load(KEY + start + m, mask=m < length, other=0)

@@ -1,11 +1,14 @@
 """The frozen encoder, with a method on its target layers and a head for each of K trials.
 
-The encoder's own code is unchanged. Its inputs are (K·B, T), trial after trial, or where it can be (K, N): the
-examples of a trial one after the other, without padding. Shapes as in `delora.methods.base`, `delora.data.batches`.
+The encoder's own code is unchanged but for what its family's file in `delora.encoders` replaces. Its inputs are
+(K·B, T), trial after trial, or where it can be (K, N): the examples of a trial one after the other, without padding.
+Shapes as in `delora.methods.base`, `delora.data.batches`.
 """
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+import inspect
+import types
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,12 +17,11 @@ import transformers
 from hydra.utils import get_class
 from torch import Tensor, nn
 from torch.fx.experimental import _config as symbols
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
-from delora.attention import packed_attention
-from delora.config import PER_TRIAL, Trial, matches
-from delora.data.batches import Batch
+from delora import attention, encoders
+from delora.config import PER_TRIAL, Trial
+from delora.data.batches import Batch, Layout
+from delora.encoders.base import first_tokens
 from delora.errors import UserError
 from delora.methods.base import Method
 from delora.randomness import Draw, Dropout, TokenKeys
@@ -27,9 +29,6 @@ from delora.randomness import Draw, Dropout, TokenKeys
 # Of what is trained and summed up, and of the frozen encoder and its activations.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 ENCODER_DTYPES = {**DTYPES, "bfloat16": torch.bfloat16}
-PACKED = ("bert", "roberta", "xlm-roberta", "camembert")  # encoders whose only tie between tokens is the attention
-HEADS = ("classifier", "score")  # what transformers names a sequence classification head
-ATTENTION = "delora"
 
 
 class AdaptedLinear(nn.Module):
@@ -72,6 +71,38 @@ class HeadLinear(nn.Module):
         return y_KNO.view(*x.shape[:-1], -1)
 
 
+class HeadNorm(nn.Module):
+    """A trained LayerNorm of the head, one a trial: (K·B, ..., H) to the same."""
+
+    def __init__(self, norm: nn.LayerNorm, trials: int):
+        super().__init__()
+        self.eps = norm.eps
+        self.weight = nn.Parameter(torch.ones_like(norm.weight).repeat(trials, 1))
+        if norm.bias is not None:
+            self.bias = nn.Parameter(torch.zeros_like(self.weight))
+        else:
+            self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_KNH = x.reshape(len(self.weight), -1, x.shape[-1]).to(self.weight.dtype)
+        y_KNH = F.layer_norm(x_KNH, x.shape[-1:], eps=self.eps) * self.weight[:, None]
+        return (y_KNH if self.bias is None else y_KNH + self.bias[:, None]).view(x.shape)
+
+
+class Joined(nn.Module):
+    """A fused linear layer as its parts, whose outputs stand one behind the other: (..., I) to (..., O)."""
+
+    def __init__(self, linear: nn.Linear, names: Sequence[str]):
+        super().__init__()
+        weights = linear.weight.chunk(len(names))
+        biases = [None] * len(names) if linear.bias is None else linear.bias.chunk(len(names))
+        for name, weight, bias in zip(names, weights, biases, strict=True):
+            self.add_module(name, _linear(weight, bias))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([part(x) for part in self.children()], -1)
+
+
 class Fleet(nn.Module):
     """K trials over one frozen encoder.
 
@@ -79,8 +110,11 @@ class Fleet(nn.Module):
         base: a transformers model for sequence classification; it is changed in place.
         trials: K configs that agree in everything but seed, rates and strengths.
         device: where it runs.
+        lacking: parameters of `base` that its checkpoint does not have: outside the encoder's layers they are the
+            head's, beside what its family says.
 
     Attributes:
+        encoder: what is known of the family of `base`.
         packs: whether it takes batches whose examples are packed.
         recorded: whether its steps of training are recorded as CUDA graphs.
 
@@ -88,60 +122,124 @@ class Fleet(nn.Module):
         UserError: no layer matches the targets, an option does not fit a layer, or the model has no head to train.
     """
 
-    def __init__(self, base: transformers.PreTrainedModel, trials: Sequence[Trial], device: torch.device):
+    def __init__(
+        self,
+        base: transformers.PreTrainedModel,
+        trials: Sequence[Trial],
+        device: torch.device,
+        lacking: Collection[str] = (),
+    ):
         super().__init__()
         self.trials, self.precision = trials, trials[0].precision
         self.tokenizer: transformers.PreTrainedTokenizerBase | None = None
         self.dtype = dtype = DTYPES[self.precision]
+        self.encoder = encoders.of(base.config.to_dict()) or encoders.unknown
+        self.known = self.encoder is not encoders.unknown
         self.base = base.to(device=device, dtype=dtype).requires_grad_(False)  # type: ignore[call-arg]
-        base.set_attn_implementation(ATTENTION)
+        self._inputs = inspect.signature(base.forward).parameters.keys()
         seeds = [trial.seed for trial in trials]
         self.keys = TokenKeys(seeds, device)
-        self._train_head(seeds, dtype, device)
+        self._prepare()
+        self._train_head(seeds, dtype, device, lacking)
         self._adapt(seeds, dtype, device)
-        for name, module in list(base.named_modules()):
+        for name, module in list(base.named_modules(remove_duplicate=False)):
             if type(module) is nn.Dropout:
                 _replace(base, name, Dropout(self.keys, name, [module.p] * len(seeds)))
         for _, parameter in self.frozen():
             parameter.data = parameter.to(ENCODER_DTYPES[self.precision])
-        self.packs: bool = base.config.model_type in PACKED
-        self.recorded = self.packs and device.type == "cuda"
+        self.packs: bool = self.encoder.packs and self.known
+        self.recorded = self.known and device.type == "cuda"
         if self.packs:
-            self._prune()
+            self._read_examples()
 
-    def _prune(self) -> None:
-        """Of a packed batch, lets only first tokens through what follows the last attention: the head reads these."""
-        last: Any = self._layers()[-1]
-        last.attention.output.register_forward_pre_hook(lambda _, args: tuple(map(self._first, args)))
-        for module in [*last.attention.output.modules(), *last.output.modules()]:
-            if isinstance(module, Dropout):
-                module.of_first = True
-        reader = self.base.base_model.pooler or self.base.get_submodule(self.head_names[0].split(".")[0])
-        reader.register_forward_pre_hook(lambda _, args: (self._as_examples(args[0]), *args[1:]))
+    def _prepare(self) -> None:
+        """Makes of transformers' model what the rest works with."""
+        base, config = self.base, self.base.config
+        config.return_dict, config.use_cache = True, False
+        base.set_attn_implementation(attention.NAME if self.known else attention.OF_UNKNOWN)
+        for module in base.modules():
+            if hasattr(module, "chunk_size_feed_forward"):
+                module.chunk_size_feed_forward = 0  # parts along tokens, which packed rows have not in common
+        if not self.known:
+            return
+        for _, layer in self.encoder.find_layers(base):
+            for name, parts in self.encoder.fused.items():
+                _replace(layer, name, Joined(layer.get_submodule(name), parts))  # type: ignore[arg-type]
+        self.encoder.prepare(base, self.keys)
+        for module in base.modules():
+            for name, function in self.encoder.replaced.items():
+                of, _, method = name.partition(".")
+                if type(module).__name__ == of:
+                    setattr(module, method, types.MethodType(function, module))
 
-    def _train_head(self, seeds: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
-        linears = [n for n, m in self.base.named_modules() if isinstance(m, nn.Linear) and n.split(".")[0] in HEADS]
-        if not linears:
-            names = " or ".join(HEADS)
-            raise UserError(f"{type(self.base).__name__} has no classification head: no linear layer under {names}")
+    def _read_examples(self) -> None:
+        """Of a packed batch, lets only first tokens through what follows the last attention, where the head reads these
+        alone; and gives the head examples of one token."""
+        encoder, last = self.encoder, self.encoder.find_layers(self.base)[-1][1]
+        mean = encoder.pools_mean(self.base.config)
+        if self.prunes:
+            if encoder.cut:
+                cut = last.get_submodule(encoder.cut)
+                cut.register_forward_pre_hook(lambda _, args: tuple(first_tokens(x, self.keys) for x in args))
+            for name in encoder.after_attention:
+                for module in last.get_submodule(name).modules():
+                    if isinstance(module, Dropout):
+                        module.of_first = True
+
+        def as_examples(_: nn.Module, __: Any, output: Any) -> Any:
+            layout = self.keys.layout
+            if layout is None:
+                return output
+            x = output if isinstance(output, Tensor) else output.last_hidden_state
+            x = means(x, layout) if mean else x if self.prunes else first_tokens(x, self.keys)
+            x = x.flatten(0, 1)[:, None]
+            if isinstance(output, Tensor):
+                return x
+            output.last_hidden_state = x
+            return output
+
+        self.base.base_model.get_submodule(encoder.output).register_forward_hook(as_examples)
+
+    @property
+    def prunes(self) -> bool:
+        """Whether the last layer lets only first tokens of packed rows through what follows its attention."""
+        return self.packs and bool(self.encoder.after_attention) and not self.encoder.pools_mean(self.base.config)
+
+    def _train_head(
+        self, seeds: Sequence[int], dtype: torch.dtype, device: torch.device, lacking: Collection[str]
+    ) -> None:
+        names = [
+            name
+            for name, module in self.base.named_modules()
+            if isinstance(module, nn.Linear | nn.LayerNorm)
+            and (name.split(".")[0] in self.encoder.head or f"{name}.weight" in lacking)
+        ]
+        if not any(isinstance(self.base.get_submodule(name), nn.Linear) for name in names):
+            raise UserError(
+                f"{type(self.base).__name__} has no classification head: no linear layer under "
+                f"{' or '.join(self.encoder.head)}"
+            )
         std = getattr(self.base.config, "initializer_range", 0.02)
-        for name in linears:
-            linear = self.base.get_submodule(name)
-            _replace(self.base, name, HeadLinear(linear, Draw(seeds, name, dtype, device), std))
-        self.head_names = linears
+        for name in names:
+            module = self.base.get_submodule(name)
+            if isinstance(module, nn.Linear):
+                _replace(self.base, name, HeadLinear(module, Draw(seeds, name, dtype, device), std))
+            else:
+                _replace(self.base, name, HeadNorm(module, len(seeds)))  # type: ignore[arg-type]
+        self.head_names = names
 
     def _adapt(self, seeds: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
         config = self.trials[0].method
         linears = {n: m for n, m in self.base.named_modules() if isinstance(m, nn.Linear)}
-        names = [n for n in linears if any(matches(pattern, n) for pattern in config.targets)]
-        if not names:
-            known = ", ".join(sorted({n.split(".")[-1] for n in linears}))
+        targeted = {name for target in config.targets for name in self.encoder.linears_of(target, linears)}
+        if not targeted:
+            known = ", ".join(dict.fromkeys([*self.encoder.roles, *sorted({n.split(".")[-1] for n in linears})]))
             raise UserError(
                 f"method.targets={config.targets}: no linear layer of the encoder matches (it has: {known})"
             )
         method, options = get_class(config.target), method_options(self.trials, dtype, device)
         rates = [trial.method.dropout for trial in self.trials]
-        for name in names:
+        for name in filter(targeted.__contains__, linears):
             linear = linears[name]
             try:
                 adapter = method(linear.weight, Draw(seeds, name, dtype, device), **options)
@@ -153,33 +251,21 @@ class Fleet(nn.Module):
     def compile_layers(self) -> None:
         """Has embeddings and layers compiled when they are first used, once for all that are alike and any K > 1.
 
-        The last layer is left as it is: `_prune` makes it unlike the others, and little of it is left.
+        A last layer that lets only first tokens through is left as it is: it is unlike the others, and little of it is
+        left.
         """
         config = torch._dynamo.config
         config.recompile_limit = 64  # methods in one process
         config.force_parameter_static_shapes = config.force_nn_module_property_static_shapes = False
         symbols.use_duck_shape = False  # K may be the rank
         frozen = {parameter for _, parameter in self.frozen()}
-        for module in [self.base.base_model.embeddings, *self._layers()[:-1]]:
+        layers = [layer for _, layer in self.encoder.find_layers(self.base)]
+        embeddings = self.base.base_model.get_submodule(self.encoder.embeddings)
+        for module in [embeddings, *(layers[:-1] if self.prunes else layers)]:
             for tensor in [*module.parameters(), *module.buffers()]:
                 first = 0 if tensor in frozen else 1
                 torch._dynamo.mark_static(tensor, list(range(first, tensor.dim())))
             module.compile(dynamic=True)
-
-    def _layers(self) -> nn.ModuleList:
-        return self.base.get_submodule(f"{self.base.base_model_prefix}.encoder.layer")  # type: ignore[return-value]
-
-    def _first(self, x: Tensor) -> Tensor:
-        """Of hidden states (K, N, H) those of the first tokens, (K, B, H)."""
-        layout = self.keys.layout
-        if layout is None:
-            return x
-        place_KB = layout.first_KB + torch.arange(len(x), device=x.device)[:, None] * x.shape[1]
-        return x.flatten(0, 1).index_select(0, place_KB.flatten()).view(*place_KB.shape, -1)
-
-    def _as_examples(self, x: Tensor) -> Tensor:
-        """First tokens (K, B, H) as examples of one token, (K·B, 1, H)."""
-        return x if self.keys.layout is None else x.flatten(0, 1)[:, None]
 
     @property
     def device(self) -> torch.device:
@@ -204,7 +290,7 @@ class Fleet(nn.Module):
     def count(self) -> dict[str, int]:
         """Number of values: trained in one trial's adapters, in its head, and frozen in the encoder."""
         per_trial = {n: p[0].numel() for n, p in self.trained().items()}
-        head = sum(c for n, c in per_trial.items() if n.split(".")[0] in HEADS)
+        head = sum(c for n, c in per_trial.items() if n.rpartition(".")[0] in self.head_names)
         encoder = sum(p.numel() for n, p in self.frozen())
         return {"adapter": sum(per_trial.values()) - head, "head": head, "encoder": encoder}
 
@@ -220,14 +306,18 @@ class Fleet(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Tensor):
         """Transformers' output for inputs (K·B, T); its `logits` are (K·B, labels)."""
         self.keys.layout = None
-        return self.base(input_ids=input_ids, attention_mask=attention_mask, **inputs)
+        return self.base(input_ids=input_ids, attention_mask=attention_mask, **self._taken(inputs))
+
+    def _taken(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Those of a tokenizer's inputs that the model takes: not all have types of tokens."""
+        return {name: tensor for name, tensor in inputs.items() if name in self._inputs}
 
     def logits(self, batch: Batch) -> Tensor:
         """Logits (K, B, labels) of a batch, packed where `packs`. For dropout its `keys` must be set."""
         if self.packs:
             self.keys.layout = batch.layout
-            position_KN = batch.layout.position_KN + getattr(self.base.base_model.embeddings, "padding_idx", -1) + 1
-            logits = self.base(**batch.inputs, position_ids=position_KN).logits
+            first = self.encoder.first_position(self.base.config.to_dict())
+            logits = self.base(**self._taken(batch.inputs), position_ids=batch.layout.position_KN + first).logits
         else:
             logits = self(**batch.inputs).logits
         return logits.to(self.dtype).view(*batch.labels_KB.shape, self.base.config.num_labels)
@@ -268,22 +358,31 @@ class Fleet(nn.Module):
 
     def merge(self, trial: int = 0) -> transformers.PreTrainedModel:
         """A plain transformers model with one trial's adapters merged into the weights, for `save_pretrained`."""
-        base = copy.deepcopy(self.base).to(self.dtype)  # type: ignore[call-arg]
-        for name, module in list(base.named_modules()):
-            if isinstance(module, AdaptedLinear):
-                weight: Tensor = module.weight + module.delta()[trial]
-                bias: Tensor | None = module.bias
-            elif isinstance(module, HeadLinear):
-                weight, bias = module.weight[trial], None if module.bias is None else module.bias[trial]
-            elif isinstance(module, Dropout):
-                if not name.endswith(".dropout") or not isinstance(base.get_submodule(name[:-8]), AdaptedLinear):
-                    _replace(base, name, nn.Dropout(module.p))
-                continue
-            else:
-                continue
-            _replace(base, name, _plain_linear(weight, bias))
-        base.set_attn_implementation("sdpa")
-        return base.eval()
+        state = {name: tensor for name, tensor in self.base.state_dict().items() if ".method." not in name}
+        for name in state:
+            if name.rpartition(".")[0] in self.head_names:
+                state[name] = state[name][trial]
+        for name, module in self.adapted():
+            state[f"{name}.weight"] = module.weight + module.delta()[trial]
+        for name, module in self.base.named_modules():
+            if isinstance(module, Joined):
+                for kind in ("weight", "bias"):
+                    parts = [state.pop(f"{name}.{part}.{kind}", None) for part, _ in module.named_children()]
+                    state |= {} if parts[0] is None else {f"{name}.{kind}": torch.cat(parts)}
+        config = copy.deepcopy(self.base.config)
+        config._attn_implementation = None
+        with torch.random.fork_rng(devices=[]):
+            plain = type(self.base)(config)
+        plain.to(device=self.device, dtype=self.dtype).load_state_dict(state)  # type: ignore[call-arg]
+        return plain.eval()
+
+
+def means(x_KNH: Tensor, layout: Layout) -> Tensor:
+    """The mean hidden state of each example of packed rows, (K, B, H)."""
+    example_B1 = torch.arange(layout.first_KB.shape[1], device=x_KNH.device)[:, None]
+    real_KN = torch.arange(x_KNH.shape[1], device=x_KNH.device) < layout.length_KB.sum(1, keepdim=True)
+    share_KBN = ((layout.example_KN[:, None] == example_B1) & real_KN[:, None]) / layout.length_KB[..., None]
+    return share_KBN.to(x_KNH.dtype) @ x_KNH
 
 
 def method_options(trials: Sequence[Trial], dtype: torch.dtype, device: torch.device) -> dict[str, object]:
@@ -305,34 +404,10 @@ def _replace(root: nn.Module, name: str, module: nn.Module) -> None:
     setattr(root.get_submodule(parent), child, module)
 
 
-def _plain_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    out_features, in_features = weight.shape
-    linear = nn.Linear(in_features, out_features, bias=bias is not None)
-    linear.weight = nn.Parameter(weight.detach().clone())
+def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """A frozen linear layer with these values."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight = nn.Parameter(weight.detach().clone(), requires_grad=False)
     if bias is not None:
-        linear.bias = nn.Parameter(bias.detach().clone())
+        linear.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
     return linear
-
-
-def _attention(module, query, key, value, attention_mask, scaling=None, dropout=0.0, **_):
-    """Scaled dot-product attention over (K·B, heads, T, D) whose dropout is hashed, for transformers' interface.
-
-    Of packed batches (K, heads, N, D), within each example.
-    """
-    keys, scaling = module.dropout.keys, query.shape[-1] ** -0.5 if scaling is None else scaling
-    if keys.layout is not None:
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        return packed_attention(q, k, v, keys.layout, scaling, module.dropout if dropout else None), None
-    if dropout == 0:
-        y = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=scaling)
-        return y.transpose(1, 2), None
-    weights = query @ key.mT * scaling
-    if attention_mask is not None:
-        weights = weights.masked_fill(~attention_mask, torch.finfo(weights.dtype).min)
-    key_KBT = keys.key_KN.view(len(keys.key_KN), -1, query.shape[2])
-    weights = module.dropout.of_weights(weights.softmax(-1), key_KBT)
-    return (weights @ value).transpose(1, 2), None
-
-
-AttentionInterface.register(ATTENTION, _attention)
-AttentionMaskInterface.register(ATTENTION, sdpa_mask)

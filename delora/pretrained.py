@@ -14,7 +14,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from delora.config import ModelConfig
 from delora.errors import UserError
 from delora.missing import PARTS, WEIGHTS, checkpoint, missing_encoder, snapshot, weights_file
-from delora.model import HEADS
 from delora.tasks import Task
 
 SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # RoBERTa's, in its order
@@ -22,12 +21,13 @@ SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # RoBERTa's, in it
 
 @dataclass
 class Pretrained:
-    """A model with an untrained head, its tokenizer, and what identifies its weights."""
+    """A model with an untrained head, its tokenizer, what identifies its weights, and the parameters that these lack."""
 
     model: transformers.PreTrainedModel
     tokenizer: transformers.PreTrainedTokenizerBase
     source: str
     sha256: str | None
+    lacking: frozenset[str] = frozenset()
 
 
 def load(config: ModelConfig, task: Task) -> Pretrained:
@@ -55,10 +55,11 @@ def load(config: ModelConfig, task: Task) -> Pretrained:
         raise UserError(f"the encoder {config.name} cannot be loaded from {folder}: {error}") from error
     # For what is not there transformers draws random values.
     unset = {*told["missing_keys"], *(name for name, *_ in told["mismatched_keys"])}
-    if lacking := sorted(name for name in unset if name.split(".")[0] not in HEADS):
+    inside = f"{model.base_model_prefix}."
+    if lacking := sorted(n for n in unset if n.startswith(inside) and not n.startswith(f"{inside}pooler.")):
         named = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
         raise UserError(f"the encoder {config.name}: the weights in {folder} lack, or have in another shape, {named}")
-    return Pretrained(model, tokenizer, config.package or str(config.source), sha256)
+    return Pretrained(model, tokenizer, config.package or str(config.source), sha256, frozenset(unset))
 
 
 def _fetch(config: ModelConfig) -> Path:

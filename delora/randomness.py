@@ -80,19 +80,35 @@ class TokenKeys:
     def __init__(self, seeds: Sequence[int], device: torch.device):
         self._seed_K = torch.tensor([_signed32(hash64("dropout", s)) for s in seeds], dtype=torch.int32, device=device)
         self.key_KN = self.first_KB = torch.zeros(len(seeds), 1, dtype=torch.int32, device=device)
+        self._key_K, self._set = self._seed_K, (self.key_KN, self.first_KB)
         self.layout: Layout | None = None
 
     def set(self, layout: "Layout", step: Tensor, earlier: int) -> None:
         """Sets the keys of a batch of `step` (int64), of which `earlier` examples are in other parts."""
-        key_K = _mix(self._seed_K + (step * 0x9E3779B9).int())
-        self.key_KN = _mix(_mix(key_K[:, None] + (layout.example_KN + earlier)) + layout.position_KN)
+        self._key_K = _mix(self._seed_K + (step * 0x9E3779B9).int())
+        self.key_KN = _mix(_mix(self._key_K[:, None] + (layout.example_KN + earlier)) + layout.position_KN)
         self.first_KB = self.key_KN.gather(1, layout.first_KB)
+        self._set = self.key_KN, self.first_KB
+
+    def turn(self, number: int) -> None:
+        """Makes the keys those of a layer's `number`-th turn, for a layer that a batch passes several times."""
+        self.key_KN, self.first_KB = (_mix(key + number) if number else key for key in self._set)
+
+    def of_padded(self, tokens: int) -> Tensor:
+        """The keys of padded examples of so many tokens, (K, B, T)."""
+        return self.key_KN.view(len(self.key_KN), -1, tokens)
+
+    def of_shared(self, rows: int, first: int) -> Tensor:
+        """Keys (K, rows) of vectors that all examples of a batch share, by their numbers from `first` on."""
+        number = torch.arange(first, first + rows, dtype=torch.int32, device=self._key_K.device)
+        return _mix(_mix(self._key_K[:, None] - 1) + number)
 
 
 class Dropout(nn.Module):
     """Inverted dropout whose mask is hashed from (seed, step, place, example, position, element).
 
-    Takes hidden states (..., H): K·N vectors of tokens, or K·B of first tokens, as (K·B, H) or where `of_first` is set.
+    Takes hidden states (..., H): K·N vectors of tokens, or K·B of first tokens, as (K·B, H) or where `of_first` is set;
+    or attention weights (K·B, heads, T, T) of padded examples.
     The rate may differ between trials; it is rounded to a multiple of 2^-16, since a hash serves two elements.
 
     Attributes:
@@ -120,6 +136,8 @@ class Dropout(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return x
+        if x.dim() == 4:
+            return self.of_weights(x, self.keys.of_padded(x.shape[2]))
         x_KNH = x.view(len(self.scale_K), -1, x.shape[-1])
         key_KN = self.keys.first_KB if self.of_first or x.dim() == 2 else self.keys.key_KN
         return self._drop(x_KNH, _mix(key_KN ^ self.place)[..., None]).view(x.shape)

@@ -18,7 +18,7 @@ import safetensors.torch
 import torch
 
 from delora import data as rows_of
-from delora import pretrained, results
+from delora import encoders, pretrained, results
 from delora.attention import kernels
 from delora.config import NOT_THE_TRIAL, Trial
 from delora.console import Console
@@ -27,7 +27,7 @@ from delora.data.batches import Tokens
 from delora.data.splits import paper_split
 from delora.errors import UserError
 from delora.missing import missing_encoder
-from delora.model import DTYPES, PACKED, Fleet
+from delora.model import DTYPES, Fleet
 from delora.results import Result, ResultsError, TrialFolder
 from delora.tasks import TASKS, Task
 from delora.tracking import Tracker, Tracking
@@ -69,7 +69,7 @@ def run_fleet(
         keep_memory()
     dataset, tensors = prepare(config)
     encoder = pretrained.load(config.model, task)
-    fleet = Fleet(encoder.model, trials, device)
+    fleet = Fleet(encoder.model, trials, device, encoder.lacking)
     compiled = choose_speed(fleet, config.compile)
     made_by = results.provenance(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -130,8 +130,8 @@ def choose_device(name: str) -> torch.device:
 
 def choose_speed(fleet: Fleet, wish: bool | str) -> bool:
     """Has the layers compiled where that is wished for and can be; says where a slower path is taken."""
-    if not fleet.packs:
-        known = ", ".join(PACKED)
+    if not fleet.known:
+        known = ", ".join(encoders.families())
         logger.warning("examples are padded, not packed, and nothing is compiled: the encoder is none of %s", known)
         return False
     if wish == "auto":
@@ -419,7 +419,7 @@ def load(folder: str | Path) -> Fleet:
     made_with = stored.result["made_by"]["weights"]["sha256"]
     if encoder.sha256 != made_with:
         raise UserError(f"{folder}: trained on weights with sha256 {made_with}, this machine has {encoder.sha256}")
-    fleet = Fleet(encoder.model, [trial], torch.device("cpu"))
+    fleet = Fleet(encoder.model, [trial], torch.device("cpu"), encoder.lacking)
     state, _ = results.read_tensors(Path(folder) / results.ADAPTER, "pt")
     fleet.load_trial_state(0, state)
     fleet.tokenizer = encoder.tokenizer

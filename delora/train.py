@@ -166,6 +166,7 @@ def train(
     step = Step(fleet, data.train, state)
     if state.scored < 0:
         _evaluate(fleet, data, state, report)
+    fleet.train()
     for epoch in range(state.scored, config.epochs):
         start = time.perf_counter()
         batches = epoch_order(seeds, epoch, rows).split(config.batch_size, dim=1)

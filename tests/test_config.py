@@ -88,28 +88,6 @@ def test_base_rates_are_the_paper_s():
     assert {method: rate for method, rate in rates.items() if method != "head"} == paper
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_the_layers_of_a_shape_are_those_of_the_model(family):
-    shape = Shape(family=family, layers=2, width=32, ffn=48, heads=4, positions=64)
-    make_config, make_model = FAMILIES[family]
-    model = make_model(
-        make_config(
-            vocab_size=8,
-            hidden_size=32,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            intermediate_size=48,
-            max_position_embeddings=64,
-        )
-    )
-    linears = {
-        name: (module.in_features, module.out_features)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and not name.startswith("classifier")
-    }
-    assert shape.linears() == linears
-
-
 def test_minilm_s_shape_and_hash_are_the_package_s():
     config = compose_trial("model=minilm").model
     spec = importlib.util.find_spec(config.package)

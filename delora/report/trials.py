@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from delora import results
-from delora.config import NOT_THE_TRIAL, look_up, matches, show
+from delora.config import NOT_THE_TRIAL, look_up, show
+from delora.encoders import matches
 from delora.errors import UserError
 from delora.tasks import TASKS
 

@@ -1,0 +1,226 @@
+"""What must hold for every family in delora/encoders, found by globbing, over small checkpoints saved and loaded."""
+
+import functools
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import compose_trial, compose_trials, conf_folder
+
+from delora import encoders, pretrained, train
+from delora.data import Rows
+from delora.data.batches import Tokens
+from delora.model import Fleet
+from delora.pretrained import byte_tokenizer
+from delora.randomness import Dropout
+from delora.tasks import TASKS
+
+CPU = torch.device("cpu")
+KINDS = [encoder.types[0] for encoder in encoders.families().values()]
+METHODS = sorted(path.stem for path in (conf_folder() / "method").glob("*.yaml"))
+SIZES = {"layers": 2, "width": 32, "ffn": 48, "heads": 4, "positions": 130}
+# What makes a small checkpoint of a family have all that the family is known for.
+OWN = {
+    "albert": {"embedding_size": 16},
+    "electra": {"embedding_size": 16},
+    "deberta-v2": {
+        "relative_attention": True,
+        "position_buckets": 8,
+        "pos_att_type": ["p2c", "c2p"],
+        "share_att_key": True,
+        "norm_rel_ebd": "layer_norm",
+        "position_biased_input": False,
+        "type_vocab_size": 0,
+    },
+    "modernbert": {"local_attention": 8, "global_attn_every_n_layers": 2, "classifier_pooling": "mean"},
+}
+each_kind = pytest.mark.parametrize("kind", KINDS)
+
+
+def small_config(kind: str, **changes: object) -> transformers.PreTrainedConfig:
+    """A small config of this model type, every dropout above 0."""
+    keys = encoders.of({"model_type": kind}).keys
+    sizes = {keys[name]: size for name, size in SIZES.items()}
+    own = {"vocab_size": 261, "pad_token_id": 1, **sizes, **OWN.get(kind, {}), **changes}
+    config = transformers.AutoConfig.for_model(kind, **own)
+    for name in list(vars(config)):
+        if ("dropout" in name and "classifier" not in name) and isinstance(getattr(config, name), float | int):
+            setattr(config, name, 0.1)
+    return config
+
+
+def save(folder: Path, config: transformers.PreTrainedConfig, of=transformers.AutoModel) -> Path:
+    with torch.random.fork_rng():
+        torch.manual_seed(1)
+        model = of.from_config(config)
+        for parameter in model.parameters():  # transformers starts biases at 0 and relative biases near it
+            parameter.data += 0.05 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory):
+    """A small checkpoint of each model type, without a classification head."""
+    made = {}
+
+    def get(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = save(tmp_path_factory.mktemp(kind), small_config(kind))
+        return made[kind]
+
+    return get
+
+
+def trials_of(folder: Path, seeds, *words: str):
+    common = ["model=roberta_base", f"model.source={folder}", "model.shape=null", "precision=float64", "max_length=40"]
+    common += ["batch_size=8", "epochs=6", "log_every=1", "lr=5e-3", *words]
+    values = [{"seed": seed, "lr_factor": 1.0 + seed % 3} for seed in seeds]
+    return compose_trials(common, values)
+
+
+def fleet_of(trials) -> tuple[Fleet, pretrained.Pretrained]:
+    loaded = pretrained.load(trials[0].model, TASKS["mrpc"])
+    return Fleet(loaded.model, trials, CPU, loaded.lacking), loaded
+
+
+@functools.cache
+def rows_of(count: int) -> Rows:
+    """Pairs of words of many lengths, of a token a letter; a few are cut."""
+    draw = random.Random(count)
+    words = [tuple("".join(draw.choices("abcdef", k=draw.randint(1, 20))) for _ in range(2)) for _ in range(count)]
+    return Rows(words, np.array([draw.randrange(2) for _ in words]))
+
+
+def tokens_of(fleet: Fleet, loaded) -> dict[str, Tokens]:
+    splits = {"train": rows_of(40), "validation": rows_of(8)}
+    return {name: Tokens(rows, loaded.tokenizer, 40, CPU, fleet.dtype) for name, rows in splits.items()}
+
+
+def own_model(folder: Path, fleet: Fleet, trial: int = 0) -> transformers.PreTrainedModel:
+    """Transformers' own model with the head of a trial."""
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder, num_labels=2, dtype=torch.float64
+    )
+    state = fleet.base.state_dict()
+    head = {n: t[trial] for n, t in state.items() if n.rpartition(".")[0] in fleet.head_names}
+    assert not model.load_state_dict(head, strict=False).unexpected_keys
+    return model.eval()
+
+
+def padded(tokens: Tokens, rows: int = 8) -> dict[str, torch.Tensor]:
+    inputs = tokens.gather(torch.arange(rows)[None], packed=False).inputs
+    return {name: tensor.long() for name, tensor in inputs.items()}
+
+
+@torch.no_grad()
+@each_kind
+def test_a_fresh_adapter_gives_the_logits_of_transformers(kind, checkpoints):
+    folder = checkpoints(kind)
+    fleet, loaded = fleet_of(trials_of(folder, [7], "method=lora"))
+    tokens, model = tokens_of(fleet.eval(), loaded)["validation"], own_model(folder, fleet)
+    inputs = padded(tokens)
+    assert inputs["attention_mask"].min() == 0
+    wanted = model(**{name: x for name, x in inputs.items() if name in ("input_ids", "attention_mask")}).logits
+    torch.testing.assert_close(fleet(**inputs).logits, wanted, rtol=1e-10, atol=1e-11)
+    batch = tokens.gather(torch.arange(8)[None], packed=fleet.packs)
+    torch.testing.assert_close(fleet.logits(batch)[0], wanted, rtol=1e-10, atol=1e-11)
+
+
+class Listener:
+    def __init__(self):
+        self.losses = []
+
+    def step(self, step, epoch, loss_K, lr_K):
+        self.losses.append(loss_K)
+
+    def evaluation(self, trial, evaluation, best): ...
+
+    def diverged(self, trial, step):
+        raise AssertionError(f"trial {trial} diverged in step {step}")
+
+
+def trained(trials, checkpoints=None):
+    fleet, loaded = fleet_of(trials)
+    tokens = tokens_of(fleet, loaded)
+    every_KS = torch.arange(8).expand(len(trials), -1)
+    listener = Listener()
+    data = train.Data(TASKS["mrpc"], tokens["train"], tokens["validation"], every_KS)
+    outcomes, _ = train.train(fleet, data, listener, checkpoints)
+    return torch.tensor(listener.losses, dtype=torch.float64), outcomes, fleet
+
+
+@each_kind
+def test_a_trial_in_a_fleet_is_the_trial_alone(kind, checkpoints):
+    """30 steps with dropout everywhere."""
+    trials = trials_of(checkpoints(kind), range(3), "method=delora", "method.dropout=0.1", "method.targets=[query,key]")
+    losses, outcomes, fleet = trained(trials)
+    assert losses.shape == (30, 3) and min(m.p for m in fleet.modules() if isinstance(m, Dropout)) > 0
+    alone, found, _ = trained([trials[1]])
+    torch.testing.assert_close(losses[:, 1:2], alone, rtol=1e-9, atol=0)
+    assert outcomes[1].best.epoch == found[0].best.epoch
+    for name, tensor in outcomes[1].adapter.items():
+        torch.testing.assert_close(tensor, found[0].adapter[name], rtol=1e-7, atol=1e-10)
+
+
+class Stopped(Exception):
+    pass
+
+
+class StopAt:
+    """Checkpoints that end training in one step, and let it go on from there."""
+
+    def __init__(self, step: int):
+        self.at, self.stored = step, None
+
+    def restore(self, state):
+        if self.stored:
+            tensors, plain = self.stored
+            state.unpack(tensors, plain)
+
+    def offer(self, state):
+        if not self.stored and state.totals.steps == self.at:
+            tensors, plain = state.pack()
+            self.stored = {name: tensor.clone() for name, tensor in tensors.items()}, plain
+            raise Stopped
+
+
+@each_kind
+def test_stopped_within_an_epoch_it_goes_on_to_the_bit(kind, checkpoints):
+    trials = trials_of(checkpoints(kind), range(2), "method=lora", "epochs=2")
+    losses, outcomes, _ = trained(trials)
+    stop = StopAt(4)
+    with pytest.raises(Stopped):
+        trained(trials, stop)
+    later, found, _ = trained(trials, stop)
+    assert torch.equal(later, losses[4:])
+    for one, other in zip(outcomes, found, strict=True):
+        assert one.best == other.best and one.last == other.last
+        assert all(torch.equal(tensor, other.adapter[name]) for name, tensor in one.adapter.items())
+
+
+@each_kind
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_changes_what_is_saved_and_transformers_reads(kind, method, checkpoints, tmp_path):
+    trials = trials_of(checkpoints(kind), [3, 4], f"method={method}", "method.targets=[query,value,ffn_out]", "epochs=1")
+    with torch.no_grad():
+        fleet, loaded = fleet_of(trials)
+        start = fleet.trial_state(1)
+    _, outcomes, fleet = trained(trials)
+    if method != "head":
+        moved = [not torch.equal(tensor, start[name]) for name, tensor in outcomes[1].adapter.items() if ".method." in name]
+        assert any(moved) and all(distance[1] > 0 for distance in fleet.distances().values())
+    fleet.eval().merge(1).save_pretrained(tmp_path)
+    theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float64).eval()
+    inputs = padded(tokens_of(fleet, loaded)["validation"])
+    with torch.no_grad():
+        ours = fleet(**{name: x.repeat(2, 1) for name, x in inputs.items()}).logits[8:]
+        given = {name: x for name, x in inputs.items() if name in ("input_ids", "attention_mask")}
+        torch.testing.assert_close(theirs(**given).logits, ours, rtol=1e-10, atol=1e-11)
+        again, _ = fleet_of(trials[1:])
+        again.eval().load_trial_state(0, outcomes[1].adapter)
+        torch.testing.assert_close(again(**inputs).logits, ours, rtol=1e-10, atol=1e-11)
