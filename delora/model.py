@@ -8,7 +8,7 @@ Shapes as in `delora.methods.base`, `delora.data.batches`.
 import copy
 import inspect
 import types
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch.fx.experimental import _config as symbols
 
 from delora import attention, encoders
 from delora.config import PER_TRIAL, Trial
-from delora.data.batches import Batch, Layout
+from delora.data.batches import Batch, Layout, Tokens
 from delora.encoders.base import first_tokens
 from delora.errors import UserError
 from delora.methods.base import Method
@@ -147,7 +147,9 @@ class Fleet(nn.Module):
                 _replace(base, name, Dropout(self.keys, name, [module.p] * len(seeds)))
         for _, parameter in self.frozen():
             parameter.data = parameter.to(ENCODER_DTYPES[self.precision])
-        self.packs: bool = self.encoder.packs and self.known
+        self.packs = self.encoder.packs
+        # Whether of packed rows the last layer lets only first tokens through what follows its attention.
+        self.prunes = self.packs and bool(self.encoder.after_attention) and not self.encoder.pools_mean(base.config)
         self.recorded = self.known and device.type == "cuda"
         if self.packs:
             self._read_examples()
@@ -199,11 +201,6 @@ class Fleet(nn.Module):
             return output
 
         self.base.base_model.get_submodule(encoder.output).register_forward_hook(as_examples)
-
-    @property
-    def prunes(self) -> bool:
-        """Whether the last layer lets only first tokens of packed rows through what follows its attention."""
-        return self.packs and bool(self.encoder.after_attention) and not self.encoder.pools_mean(self.base.config)
 
     def _train_head(
         self, seeds: Sequence[int], dtype: torch.dtype, device: torch.device, lacking: Collection[str]
@@ -375,6 +372,56 @@ class Fleet(nn.Module):
             plain = type(self.base)(config)
         plain.to(device=self.device, dtype=self.dtype).load_state_dict(state)  # type: ignore[call-arg]
         return plain.eval()
+
+
+def check_unknown(
+    load: Callable[[], tuple[transformers.PreTrainedModel, Collection[str]]], tokens: Tokens, trial: Trial
+) -> None:
+    """Whether an encoder of a family that is not known trains as if alone, found out with a batch of a fleet of two.
+
+    Args:
+        load: gives the model anew, and what its checkpoint lacks.
+        tokens: a few examples of several lengths, on the CPU.
+
+    Raises:
+        UserError: it does not, or cannot be computed; the message names the cause.
+    """
+    trials = [trial.model_copy(update={"seed": seed, "precision": "float32"}) for seed in (0, 1)]
+    every_B = torch.arange(len(tokens))
+
+    def compute(some: Sequence[Trial]) -> list[list[Tensor]]:
+        """Of each trial: logits with dropout, their gradients, and logits without dropout and of the merged model."""
+        model, lacking = load()
+        fleet = Fleet(model, some, torch.device("cpu"), lacking).train()
+        batch = tokens.gather(every_B.expand(len(some), -1), packed=False)
+        fleet.keys.set(batch.layout, torch.tensor(1), 0)
+        logits = fleet.logits(batch)
+        logits.square().sum().backward()
+        fleet.eval()
+        with torch.no_grad():
+            plain = fleet.logits(batch)
+            alone = tokens.gather(every_B[None], packed=False).inputs
+            merged = [fleet.merge(k)(**fleet._taken(alone)).logits for k in range(len(some))]
+        gradients = [p.grad for p in fleet.trained().values() if p.grad is not None]
+        return [[logits[k], plain[k], merged[k], *(g[k] for g in gradients)] for k in range(len(some))]
+
+    try:
+        together, alone = compute(trials), [compute([one])[0] for one in trials]
+        for ours, theirs in zip(together, alone, strict=True):
+            for one, other in zip(ours, theirs, strict=True):
+                if (one - other).abs().max() > 1e-4 * other.abs().max():
+                    raise ValueError("a trial in a fleet is not the trial alone")
+            if (ours[1] - ours[2]).abs().max() > 1e-4 * ours[2].abs().max():
+                raise ValueError("its logits are not those of transformers")
+    except UserError:
+        raise
+    except Exception as error:
+        known = ", ".join(kind for encoder in encoders.families().values() for kind in encoder.types)
+        cause = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"model={trial.model.name}: an encoder of another family than {known}, which cannot be trained padded "
+            f"either: {cause}"
+        ) from error
 
 
 def means(x_KNH: Tensor, layout: Layout) -> Tensor:

@@ -21,7 +21,7 @@ SPECIAL_TOKENS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")  # RoBERTa's, in it
 
 @dataclass
 class Pretrained:
-    """A model with an untrained head, its tokenizer, what identifies its weights, and the parameters that these lack."""
+    """A model with an untrained head, its tokenizer, what identifies its weights, and which parameters these lack."""
 
     model: transformers.PreTrainedModel
     tokenizer: transformers.PreTrainedTokenizerBase

@@ -16,18 +16,19 @@ from typing import Any, Self, cast
 
 import safetensors.torch
 import torch
+import transformers
 
 from delora import data as rows_of
 from delora import encoders, pretrained, results
 from delora.attention import kernels
-from delora.config import NOT_THE_TRIAL, Trial
+from delora.config import NOT_THE_TRIAL, ModelConfig, Trial
 from delora.console import Console
-from delora.data import Dataset
+from delora.data import Dataset, Rows
 from delora.data.batches import Tokens
 from delora.data.splits import paper_split
 from delora.errors import UserError
 from delora.missing import missing_encoder
-from delora.model import DTYPES, Fleet
+from delora.model import DTYPES, Fleet, check_unknown
 from delora.results import Result, ResultsError, TrialFolder
 from delora.tasks import TASKS, Task
 from delora.tracking import Tracker, Tracking
@@ -152,14 +153,38 @@ def prepare(config: Trial) -> tuple[Dataset, dict[str, Tokens]]:
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     name, device, dtype = config.task.name, config.device, DTYPES[config.precision]
-    return _prepare(name, config.data, config.model, config.max_length, config.batch_size, device, dtype)
+    dataset, tokens, known = _prepare(
+        name, config.data, config.model, config.max_length, config.batch_size, device, dtype
+    )
+    if not known and (config.model, config.method.target) not in _tried:
+        _try_out(config, dataset)
+        _tried.add((config.model, config.method.target))
+    return dataset, tokens
+
+
+_tried: set[tuple[ModelConfig, str]] = set()  # encoders of unknown families, with the methods that they train with
+
+
+def _try_out(config: Trial, dataset: Dataset) -> None:
+    task = TASKS[config.task.name]
+    rows = dataset.splits["train"]
+    few = Rows(rows.texts[:4], rows.labels[:4])
+    tokens = Tokens(few, pretrained.load(config.model, task).tokenizer, 32, torch.device("cpu"), torch.float32)
+
+    def load() -> tuple[transformers.PreTrainedModel, frozenset[str]]:
+        loaded = pretrained.load(config.model, task)
+        return loaded.model, loaded.lacking
+
+    check_unknown(load, tokens, config)
 
 
 @functools.lru_cache(maxsize=1)
 def _prepare(name: str, data, model, max_length: int, batch_size: int, device: str, dtype: torch.dtype):
     task = TASKS[name]
     dataset = rows_of.load(task, **data.options())
-    tokenizer = pretrained.load(model, task).tokenizer
+    loaded = pretrained.load(model, task)
+    known, tokenizer = encoders.of(loaded.model.config.to_dict()) is not None, loaded.tokenizer
+    del loaded
     place = choose_device(device)
     tokens = {split: Tokens(rows, tokenizer, max_length, place, dtype) for split, rows in dataset.splits.items()}
     if batch_size > len(tokens["train"]):
@@ -167,7 +192,7 @@ def _prepare(name: str, data, model, max_length: int, batch_size: int, device: s
     cut, rows = sum(t.cut for t in tokens.values()), sum(map(len, tokens.values()))
     if cut:
         logger.warning("%d of %d examples are longer than max_length=%d tokens and were cut", cut, rows, max_length)
-    return dataset, tokens
+    return dataset, tokens, known
 
 
 def for_trials(task: Task, tokens: Mapping[str, Tokens], trials: Sequence[Trial]) -> Data:

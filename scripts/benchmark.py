@@ -36,14 +36,13 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from delora import attention, overrides, pretrained, results, run
+from delora import attention, encoders, overrides, pretrained, results, run
 from delora.cli import conf_folder
 from delora.config import Trial
 from delora.data import Rows
 from delora.data.batches import Tokens, epoch_order
 from delora.errors import UserError
 from delora.model import Fleet
-from delora.randomness import Dropout
 from delora.tasks import TASKS
 from delora.train import Data, State, Totals, predict, train
 
@@ -81,6 +80,21 @@ WORK = {
     "fused by the compiler": r"triton",
     "other arithmetic": r"aten::|elementwise|reduce|foreach|multi_tensor|cub|norm",
 }
+# What the config.json of a family's published checkpoint says beside its shape.
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "albert": {"embedding_size": 128},
+    "electra": {"embedding_size": 768},
+    "deberta": {
+        "relative_attention": True,
+        "position_buckets": 256,
+        "pos_att_type": ["p2c", "c2p"],
+        "share_att_key": True,
+        "norm_rel_ebd": "layer_norm",
+        "position_biased_input": False,
+        "type_vocab_size": 0,
+    },
+    "modernbert": {"classifier_pooling": "mean"},
+}
 LABELS = {
     "floor": "frozen encoder, padded",
     "packed floor": "frozen encoder, packed",
@@ -95,6 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="GLUE's TSV files; without it, synthetic data")
     parser.add_argument("--model", default="minilm", help="an option of the group model")
+    parser.add_argument("--models", nargs="+", help="compares these encoders, with random weights in their shapes")
     parser.add_argument("--random", action="store_true", help="random weights in its shape, MiniLM's tokenizer")
     parser.add_argument("--method", default="lora", choices=("lora", "delora"), help="those that PEFT has too")
     parser.add_argument("--methods", nargs="*", default=[], help="more methods, measured with the largest fleet")
@@ -120,6 +135,9 @@ def main() -> None:
     if options.tokenize:
         report_tokenizing(options)
         return
+    if options.models:
+        compare_models(options)
+        return
     for method in (options.method, *options.methods):
         overrides.check(words(options, 42, method), conf_folder(), multirun=False)
     bench = Benchmark(options)
@@ -138,6 +156,29 @@ def main() -> None:
         figures["profile_seconds"] = bench.profile()
         bench.keep(figures)
     report(figures, bench)
+
+
+def compare_models(options: argparse.Namespace) -> None:
+    """The largest fleet's step with each encoder, over the first one's, and PEFT's bare loop beside it."""
+    size, first = max(options.trials), 0.0
+    table = Table(
+        "", "ms a step", "over the first", "PEFT, ms a trial", "compiled", "times PEFT", box=None, pad_edge=False
+    )
+    for name in options.models:
+        options.model, options.random = name, True
+        bench = Benchmark(options)
+        ours = bench.delora(size)
+        theirs = [bench.peft_bare()]
+        with contextlib.suppress(Exception):  # torch's compiler does not take every encoder of transformers
+            theirs += [bench.peft_bare(compiled=True)] if bench.compiles else []
+        first = first or ours
+        compiled = f"{1e3 * theirs[1]:.1f}" if len(theirs) > 1 else "-"
+        row = [f"{1e3 * ours:.1f}", f"{ours / first:.2f}", f"{1e3 * theirs[0]:.1f}", compiled]
+        table.add_row(name, *row, f"{min(theirs) * size / ours:.1f}")
+        print(f"{name}: {', '.join(row)}", file=sys.stderr, flush=True)
+        torch.compiler.reset()
+    print(f"{size} trials, {options.method}, MRPC, batch {options.batch_size}, {options.precision}, random weights")
+    Console(width=110).print(table)
 
 
 def words(options: argparse.Namespace, seed: int, method: str | None = None, model: str | None = None) -> list[str]:
@@ -296,39 +337,42 @@ class Benchmark:
             return pretrained.load(self.trial.model, self.task).model.to(self.device)  # type: ignore[return-value]
         shape = self.trial.model.shape
         assert shape is not None
-        config = transformers.RobertaConfig(
-            vocab_size=50265,
-            hidden_size=shape.width,
-            num_hidden_layers=shape.layers,
-            num_attention_heads=shape.heads,
-            intermediate_size=shape.ffn,
-            max_position_embeddings=shape.positions + 2,
-            type_vocab_size=1,
-        )
-        return transformers.RobertaForSequenceClassification(config).to(self.device)  # type: ignore[return-value]
+        family = encoders.families()[shape.family]
+        sizes = {key: getattr(shape, name) for name, key in family.keys.items()}
+        published = {"vocab_size": 50265, "pad_token_id": 1, **PUBLISHED.get(shape.family, {})}
+        config = transformers.AutoConfig.for_model(family.types[0], **{**sizes, **published})
+        first = family.first_position(config.to_dict())
+        setattr(config, family.keys["positions"], shape.positions + first)
+        model = transformers.AutoModelForSequenceClassification.from_config(config)
+        return model.to(self.device)  # type: ignore[return-value]
 
     def peft_model(self, compiled: bool) -> nn.Module:
         """With PEFT's method; compiled layer by layer, as delora does, for any length of the batch."""
-        common = {"target_modules": ["query", "value"], "r": 8, "modules_to_save": ["classifier"]}
+        model = self.encoder()
+        family = encoders.of(model.config.to_dict()) or encoders.unknown
+        # A third of a fused layer is no module of its own: PEFT takes the whole.
+        fused = [name for name in family.fused if family.roles["query"].startswith(f"{name}.")]
+        targets = fused or [family.roles[role] for role in ("query", "value")]
+        common = {"target_modules": targets, "r": 8, "modules_to_save": list(family.head)}
         config = peft.LoraConfig(lora_alpha=8, **common)
         if self.options.method == "delora":
             config = peft.DeloraConfig(delora_lambda=4, **common)
-        model = peft.get_peft_model(self.encoder(), config)
+        model = peft.get_peft_model(model, config)
         if compiled:
-            for layer in model.base_model.model.base_model.encoder.layer:
+            for _, layer in family.find_layers(model.base_model.model):
                 layer.compile(dynamic=True)
         return model
 
     def fleet(self, size: int, method: str | None = None, without: str | None = None) -> Fleet:
         trials = [trial(self.options, 42 + k % SEEDS, method) for k in range(size)]
-        fleet = Fleet(self.encoder(), trials, self.device)
-        if without == "packing":  # as for encoders that cannot be packed, for which nothing is compiled or recorded
-            fleet.packs = fleet.recorded = False
-        if without == "graphs":
-            fleet.recorded = False
+        base, left_out = self.encoder(), {}
         if without in ("packing", "pruning"):
-            unprune(fleet)
-        if fleet.packs:
+            left_out = {"cut": None, "after_attention": (), "packs": without == "pruning"}
+        with mock.patch.multiple(type(encoders.of(base.config.to_dict())), **left_out):
+            fleet = Fleet(base, trials, self.device)
+        if without in ("packing", "graphs"):  # what is not packed is not compiled either
+            fleet.recorded = False
+        if without != "packing":
             run.choose_speed(fleet, False if without == "compiling" else self.trial.compile)
         return fleet
 
@@ -383,11 +427,11 @@ class Benchmark:
         """The largest fleet's head alone, with gradients to the first layer; the seconds of one of its trials."""
 
         size = max(self.options.trials)
-        return self.delora(size, "head", before=lambda fleet: reach_down(fleet.base)) / size
+        return self.delora(size, "head", before=lambda fleet: reach_down(fleet.base, fleet.encoder)) / size
 
     def floor(self) -> float:
         model = self.encoder().requires_grad_(False).train()
-        reach_down(model)
+        reach_down(model, encoders.of(model.config.to_dict()))
 
         def step(inputs: dict[str, torch.Tensor], labels: torch.Tensor) -> None:
             with self.autocast:
@@ -492,22 +536,10 @@ class Benchmark:
         return {**{k: s for k, s in spent.items() if s}, "nothing": max(0.0, clock.seconds() - sum(spent.values()))}
 
 
-def reach_down(model: transformers.PreTrainedModel) -> None:
+def reach_down(model: transformers.PreTrainedModel, family: encoders.Encoder | None) -> None:
     """Has gradients go down to the encoder's first layer, though nothing there is trained."""
-    encoder = model.base_model.encoder
+    encoder = model.base_model.get_submodule((family or encoders.unknown).output)
     encoder.register_forward_pre_hook(lambda _, args: (args[0].detach().requires_grad_(), *args[1:]))
-
-
-def unprune(fleet: Fleet) -> None:
-    """Lets all tokens through the last layer: first tokens are taken where the head reads them."""
-    last: Any = fleet._layers()[-1]
-    last.attention.output._forward_pre_hooks.clear()
-    for module in last.modules():
-        if isinstance(module, Dropout):
-            module.of_first = False
-    reader: Any = fleet.base.base_model.pooler or fleet.base.get_submodule(fleet.head_names[0].split(".")[0])
-    reader._forward_pre_hooks.clear()
-    reader.register_forward_pre_hook(lambda _, args: (fleet._as_examples(fleet._first(args[0])), *args[1:]))
 
 
 # --- In a process of its own
@@ -618,7 +650,7 @@ def achieved(figures: Mapping[str, Any], bench: Benchmark) -> dict[str, float]:
     if re.search("H[12]00", figures["hardware"]):
         shape = bench.trial.model.shape
         assert shape is not None
-        multiplied = 4 * sum(i * o for i, o in shape.linears().values()) * tokens["real"] / tokens["steps"]
+        multiplied = 4 * encoders.families()[shape.family].multiplications(shape) * tokens["real"] / tokens["steps"]
         made["matrix limit"] = multiplied / medians[f"fleet {largest}"] / H100_BF16
     if "start_seconds" in figures:
         made |= dict(zip(("start", "cached start"), figures["start_seconds"], strict=True))

@@ -9,16 +9,15 @@ import shlex
 from pathlib import Path
 
 import pytest
-import transformers
 from conftest import compose_trial
 from hydra import compose, initialize_config_dir
 from hydra.utils import get_class
 from omegaconf import OmegaConf
-from torch import nn
 
 from delora import data
 from delora.cli import conf_folder
-from delora.config import ConfigError, Shape, Trial, matches
+from delora.config import ConfigError, Trial
+from delora.encoders import matches
 from delora.tasks import TASKS
 
 METHODS = sorted(path.stem for path in (conf_folder() / "method").glob("*.yaml"))
@@ -28,10 +27,6 @@ CHOICES = sorted(
     if group.is_dir() and group.name != "hydra"
     for path in group.rglob("*.yaml")
 )
-FAMILIES = {
-    "roberta": (transformers.RobertaConfig, transformers.RobertaForSequenceClassification),
-    "bert": (transformers.BertConfig, transformers.BertForSequenceClassification),
-}
 
 
 def faults_of(*overrides: str, **values: object) -> list[str]:

@@ -1,6 +1,7 @@
 """What must hold for every family in delora/encoders, found by globbing, over small checkpoints saved and loaded."""
 
 import functools
+import itertools
 import random
 from pathlib import Path
 
@@ -8,11 +9,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import compose_trial, compose_trials, conf_folder
+from conftest import compose_trials, conf_folder
 
-from delora import encoders, pretrained, train
+from delora import encoders, pretrained, run, train
 from delora.data import Rows
 from delora.data.batches import Tokens
+from delora.errors import UserError
 from delora.model import Fleet
 from delora.pretrained import byte_tokenizer
 from delora.randomness import Dropout
@@ -20,6 +22,7 @@ from delora.tasks import TASKS
 
 CPU = torch.device("cpu")
 KINDS = [encoder.types[0] for encoder in encoders.families().values()]
+TINY_DATA = ["data=synthetic", "data.rows.train=40", "data.rows.validation=8", "max_length=48", "device=cpu"]
 METHODS = sorted(path.stem for path in (conf_folder() / "method").glob("*.yaml"))
 SIZES = {"layers": 2, "width": 32, "ffn": 48, "heads": 4, "positions": 130}
 # What makes a small checkpoint of a family have all that the family is known for.
@@ -103,18 +106,48 @@ def tokens_of(fleet: Fleet, loaded) -> dict[str, Tokens]:
 
 def own_model(folder: Path, fleet: Fleet, trial: int = 0) -> transformers.PreTrainedModel:
     """Transformers' own model with the head of a trial."""
-    model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        folder, num_labels=2, dtype=torch.float64
-    )
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, num_labels=2, dtype=torch.float64)
     state = fleet.base.state_dict()
     head = {n: t[trial] for n, t in state.items() if n.rpartition(".")[0] in fleet.head_names}
     assert not model.load_state_dict(head, strict=False).unexpected_keys
     return model.eval()
 
 
+def alone(model: transformers.PreTrainedModel, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
+    """Logits of each example without padding, where transformers' windows can leave nothing to see, and NaN."""
+    lengths = inputs["attention_mask"].sum(1).tolist()
+    pairs = zip(inputs["input_ids"], lengths, strict=True)
+    return torch.cat([model(input_ids=ids[None, :length]).logits for ids, length in pairs])
+
+
 def padded(tokens: Tokens, rows: int = 8) -> dict[str, torch.Tensor]:
     inputs = tokens.gather(torch.arange(rows)[None], packed=False).inputs
     return {name: tensor.long() for name, tensor in inputs.items()}
+
+
+@each_kind
+def test_the_shape_of_a_config_names_the_layers_of_the_model(kind):
+    config = small_config(kind)
+    encoder = encoders.of(config.to_dict())
+    shape = encoder.shape(config.to_dict())
+    assert shape.model_dump() == {**SIZES, "family": encoder.family, "positions": shape.positions}
+    assert shape.positions == SIZES["positions"] - encoder.first_position(config.to_dict())
+    model = transformers.AutoModelForSequenceClassification.from_config(config)
+    found = {n: (m.in_features, m.out_features) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)}
+    layers = [name for name, _ in encoder.find_layers(model)]
+    assert layers == encoder.layer_names(shape)
+    inside = {name: widths for name, widths in encoder.linears(shape).items() if name.startswith(tuple(layers))}
+    for layer, (name, parts) in itertools.product(layers, encoder.fused.items()):
+        whole = found.pop(f"{layer}.{name}")
+        found |= {f"{layer}.{name}.{part}": (whole[0], whole[1] // len(parts)) for part in parts}
+    assert inside == {name: widths for name, widths in found.items() if name in inside}
+    others = found.keys() - encoder.linears(shape).keys()
+    assert not any(name.endswith(tuple(encoder.roles.values())) for name in others)
+    turns = shape.layers / len(layers)
+    assert encoder.multiplications(shape) >= sum(i * o for i, o in inside.values()) * turns
+    assert {role: len(encoder.linears_of(role, found)) for role in encoder.roles} == dict.fromkeys(
+        encoder.roles, len(layers)
+    )
 
 
 @torch.no_grad()
@@ -125,7 +158,7 @@ def test_a_fresh_adapter_gives_the_logits_of_transformers(kind, checkpoints):
     tokens, model = tokens_of(fleet.eval(), loaded)["validation"], own_model(folder, fleet)
     inputs = padded(tokens)
     assert inputs["attention_mask"].min() == 0
-    wanted = model(**{name: x for name, x in inputs.items() if name in ("input_ids", "attention_mask")}).logits
+    wanted = alone(model, inputs)
     torch.testing.assert_close(fleet(**inputs).logits, wanted, rtol=1e-10, atol=1e-11)
     batch = tokens.gather(torch.arange(8)[None], packed=fleet.packs)
     torch.testing.assert_close(fleet.logits(batch)[0], wanted, rtol=1e-10, atol=1e-11)
@@ -160,8 +193,8 @@ def test_a_trial_in_a_fleet_is_the_trial_alone(kind, checkpoints):
     trials = trials_of(checkpoints(kind), range(3), "method=delora", "method.dropout=0.1", "method.targets=[query,key]")
     losses, outcomes, fleet = trained(trials)
     assert losses.shape == (30, 3) and min(m.p for m in fleet.modules() if isinstance(m, Dropout)) > 0
-    alone, found, _ = trained([trials[1]])
-    torch.testing.assert_close(losses[:, 1:2], alone, rtol=1e-9, atol=0)
+    lone, found, _ = trained([trials[1]])
+    torch.testing.assert_close(losses[:, 1:2], lone, rtol=1e-9, atol=0)
     assert outcomes[1].best.epoch == found[0].best.epoch
     for name, tensor in outcomes[1].adapter.items():
         torch.testing.assert_close(tensor, found[0].adapter[name], rtol=1e-7, atol=1e-10)
@@ -206,21 +239,58 @@ def test_stopped_within_an_epoch_it_goes_on_to_the_bit(kind, checkpoints):
 @each_kind
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_changes_what_is_saved_and_transformers_reads(kind, method, checkpoints, tmp_path):
-    trials = trials_of(checkpoints(kind), [3, 4], f"method={method}", "method.targets=[query,value,ffn_out]", "epochs=1")
+    trials = trials_of(
+        checkpoints(kind), [3, 4], f"method={method}", "method.targets=[query,value,ffn_out]", "epochs=1"
+    )
     with torch.no_grad():
         fleet, loaded = fleet_of(trials)
         start = fleet.trial_state(1)
     _, outcomes, fleet = trained(trials)
     if method != "head":
-        moved = [not torch.equal(tensor, start[name]) for name, tensor in outcomes[1].adapter.items() if ".method." in name]
+        moved = [
+            not torch.equal(tensor, start[name]) for name, tensor in outcomes[1].adapter.items() if ".method." in name
+        ]
         assert any(moved) and all(distance[1] > 0 for distance in fleet.distances().values())
     fleet.eval().merge(1).save_pretrained(tmp_path)
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float64).eval()
     inputs = padded(tokens_of(fleet, loaded)["validation"])
     with torch.no_grad():
         ours = fleet(**{name: x.repeat(2, 1) for name, x in inputs.items()}).logits[8:]
-        given = {name: x for name, x in inputs.items() if name in ("input_ids", "attention_mask")}
-        torch.testing.assert_close(theirs(**given).logits, ours, rtol=1e-10, atol=1e-11)
+        torch.testing.assert_close(alone(theirs, inputs), ours, rtol=1e-10, atol=1e-11)
         again, _ = fleet_of(trials[1:])
         again.eval().load_trial_state(0, outcomes[1].adapter)
         torch.testing.assert_close(again(**inputs).logits, ours, rtol=1e-10, atol=1e-11)
+
+
+# --- Families that are not known
+
+
+def unknown(folder: Path, kind: str, **changes: object) -> list[str]:
+    own = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    own |= {"vocab_size": 261, "pad_token_id": 1, "eos_token_id": 2, "bos_token_id": 0, **changes}
+    save(folder, transformers.AutoConfig.for_model(kind, **own))
+    return ["model=roberta_base", f"model.source={folder}", "model.shape=null", "method=lora"]
+
+
+@pytest.mark.parametrize("kind", ["ernie", "roformer", "megatron-bert", "rembert"])
+def test_an_unknown_family_that_trains_as_if_alone_is_taken(kind, tmp_path):
+    changes = {
+        "embedding_size": 32,
+        "input_embedding_size": 16,
+        "output_embedding_size": 16,
+        "max_position_embeddings": 64,
+    }
+    [trial] = compose_trials([*unknown(tmp_path, kind, **changes), *TINY_DATA], [{}])
+    run.prepare(trial)
+    assert not fleet_of([trial])[0].known
+
+
+def test_an_unknown_family_that_does_not_is_refused_in_one_line(tmp_path):
+    [trial] = compose_trials(
+        [*unknown(tmp_path, "funnel", d_model=32, n_head=4, d_head=8, d_inner=48), *TINY_DATA], [{}]
+    )
+    with pytest.raises(
+        UserError, match=r"another family than albert, .*cannot be trained padded either: .+"
+    ) as refused:
+        run.prepare(trial)
+    assert "\n" not in str(refused.value)

@@ -4,13 +4,22 @@ import functools
 import importlib
 import pkgutil
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from delora.encoders.base import Encoder, Shape, matches
 
 __all__ = ["Encoder", "Shape", "families", "matches", "of", "unknown"]
 
-unknown = Encoder()  # of a family without a file: nothing is known of it
+
+
+class Unknown(Encoder):
+    """Of a family without a file: targets are names alone, and examples are padded."""
+
+    roles: ClassVar[Mapping[str, str]] = {}
+    packs = False
+
+
+unknown = Unknown()
 
 
 @functools.cache

@@ -74,7 +74,7 @@ class Encoder:
     """
 
     types: ClassVar[tuple[str, ...]] = ()
-    prefix: ClassVar[str]
+    prefix: ClassVar[str] = ""
     layers: ClassVar[str] = "encoder.layer.*"
     roles: ClassVar[Mapping[str, str]] = {
         "query": "attention.self.query",
