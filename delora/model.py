@@ -428,8 +428,8 @@ def means(x_KNH: Tensor, layout: Layout) -> Tensor:
     """The mean hidden state of each example of packed rows, (K, B, H)."""
     example_B1 = torch.arange(layout.first_KB.shape[1], device=x_KNH.device)[:, None]
     real_KN = torch.arange(x_KNH.shape[1], device=x_KNH.device) < layout.length_KB.sum(1, keepdim=True)
-    share_KBN = ((layout.example_KN[:, None] == example_B1) & real_KN[:, None]) / layout.length_KB[..., None]
-    return share_KBN.to(x_KNH.dtype) @ x_KNH
+    mine_KBN = (layout.example_KN[:, None] == example_B1) & real_KN[:, None]
+    return mine_KBN.to(x_KNH.dtype) @ x_KNH / layout.length_KB[..., None]
 
 
 def method_options(trials: Sequence[Trial], dtype: torch.dtype, device: torch.device) -> dict[str, object]:

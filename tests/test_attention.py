@@ -1,6 +1,7 @@
 """Attention over packed rows: what padding would give, plain and as a Triton kernel, with the same dropout."""
 
 import hashlib
+import itertools
 from types import SimpleNamespace
 
 import numpy as np
@@ -41,25 +42,41 @@ def make_dropout(layout: Layout, device: torch.device) -> Dropout:
     return Dropout(keys, "here", [0.1, 0.4]).train()
 
 
-def results(attend, layout, inputs, dropout):
+def make_relative(layout: Layout, heads: int, kind: str | None) -> attention.Relative | None:
+    """A bias for each head and distance, or a window."""
+    if kind is None:
+        return None
+    table = torch.randn(heads, 2 * layout.span - 1, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    return attention.Relative(table.to(layout.first_KB.device)) if kind == "bias" else attention.Relative(window=6)
+
+
+def results(attend, layout, inputs, dropout, relative=None):
     """The result and the gradients, of real tokens."""
     q, k, v, g = inputs
     real = torch.arange(q.shape[1], device=q.device) < layout.length_KB.sum(1, keepdim=True)
-    y = attend(q, k, v, layout, 0.25, dropout)
+    if relative is not None and relative.bias_HR is not None:
+        relative = relative._replace(bias_HR=relative.bias_HR.to(q.dtype))
+    y = attend(q, k, v, layout, 0.25, dropout, relative)
     gradients = torch.autograd.grad((y * g)[real].sum(), (q, k, v))
     assert y.isfinite().all()
     assert all((gradient[~real] == 0).all() for gradient in gradients)
     return [x[real] for x in (y, *gradients)]
 
 
-def one_by_one(q, k, v, layout, scaling, dropout):
+def one_by_one(q, k, v, layout, scaling, dropout, relative=None):
     """Each example alone, as torch has it; the dropout is drawn for the padded example."""
     y = torch.zeros_like(q)
     for trial, (firsts, lengths) in enumerate(zip(layout.first_KB, layout.length_KB, strict=True)):
         for first, length in zip(firsts.tolist(), lengths.tolist(), strict=True):
             at = slice(first, first + length)
             a, b, c = (x[trial, at].transpose(0, 1) for x in (q, k, v))
-            weights = (a @ b.mT * scaling).softmax(-1)
+            scores = a @ b.mT * scaling
+            for i, j in itertools.product(range(length), repeat=2) if relative is not None else ():
+                if relative.bias_HR is not None:
+                    scores[:, i, j] += relative.bias_HR[:, j - i + layout.span - 1]
+                elif abs(i - j) > relative.window:
+                    scores[:, i, j] = -torch.inf
+            weights = scores.softmax(-1)
             if dropout is not None:
                 every_trial = weights.expand(2, *weights.shape).flatten(0, 1).view(2, *weights.shape)
                 keys = dropout.keys.key_KN[:, None, at][[trial, trial]]
@@ -104,12 +121,14 @@ def test_padded_batches_are_attended_as_packed_ones(dropped):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("kind", [None, "bias", "window"])
 @pytest.mark.parametrize("dropped", [False, True])
-def test_packed_attention_is_each_example_alone(dropped):
+def test_packed_attention_is_each_example_alone(dropped, kind):
     layout = make_layout(LENGTHS, CPU)
     inputs, dropout = make_inputs(layout, torch.float64, CPU), make_dropout(layout, CPU) if dropped else None
-    found = results(attention.padded_attention, layout, inputs, dropout)
-    for one, other in zip(found, results(one_by_one, layout, inputs, dropout), strict=True):
+    relative = make_relative(layout, 3, kind)
+    found = results(attention.padded_attention, layout, inputs, dropout, relative)
+    for one, other in zip(found, results(one_by_one, layout, inputs, dropout, relative), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
 
 
@@ -177,8 +196,9 @@ def test_dropped_shares_are_the_rates_and_masks_differ():
 
 
 @pytest.mark.parametrize("lengths", [LENGTHS, [[100, 20], [7, 130]], [[64, 3, 129], [65, 300, 2]]])
+@pytest.mark.parametrize("kind", [None, "bias", "window"])
 @pytest.mark.parametrize("dropped", [False, True])
-def test_the_kernel_is_the_plain_attention(lengths, dropped):
+def test_the_kernel_is_the_plain_attention(lengths, dropped, kind):
     """On a GPU; or on the CPU where Triton is installed and TRITON_INTERPRET=1."""
     kernels = pytest.importorskip("delora.kernels", reason="needs Triton", exc_type=ImportError)
     device = CUDA if torch.cuda.is_available() else CPU
@@ -189,6 +209,8 @@ def test_the_kernel_is_the_plain_attention(lengths, dropped):
     inputs = make_inputs(layout, dtype, device, heads=2, width=32)
     dropout = make_dropout(layout, device) if dropped else None
     exact = [x.detach().double().requires_grad_() for x in inputs]
-    found = results(kernels.attention, layout, inputs, dropout)
-    for one, other in zip(found, results(attention.padded_attention, layout, exact, dropout), strict=True):
+    relative = make_relative(layout, 2, kind)
+    found = results(kernels.attention, layout, inputs, dropout, relative)
+    plain = results(attention.padded_attention, layout, exact, dropout, relative)
+    for one, other in zip(found, plain, strict=True):
         assert (one - other).norm() / other.norm() < bound

@@ -11,7 +11,6 @@ from delora.encoders.base import Encoder, Shape, matches
 __all__ = ["Encoder", "Shape", "families", "matches", "of", "unknown"]
 
 
-
 class Unknown(Encoder):
     """Of a family without a file: targets are names alone, and examples are padded."""
 

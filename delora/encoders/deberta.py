@@ -38,8 +38,8 @@ def attend(
         rows = rel_embeddings[span - reach : span + reach].expand(trials, -1, -1)
         own, keys.key_KN = keys.key_KN, keys.of_shared(2 * reach, span - reach)
         rows = self.pos_dropout(rows)
-        of_keys = self.key_proj if self.share_att_key else getattr(self, "pos_key_proj", None)
-        of_queries = self.query_proj if self.share_att_key else getattr(self, "pos_query_proj", None)
+        of_keys: Any = self.key_proj if self.share_att_key else getattr(self, "pos_key_proj", None)
+        of_queries: Any = self.query_proj if self.share_att_key else getattr(self, "pos_query_proj", None)
         pos_k = by_head(of_keys(rows)) if "c2p" in kinds else None
         pos_q = by_head(of_queries(rows)) if "p2c" in kinds else None
         keys.key_KN = own

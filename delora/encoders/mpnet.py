@@ -28,8 +28,7 @@ def attend(self: Any, hidden_states: Any, attention_mask: Any = None, position_b
     shape = (*hidden_states.shape[:-1], -1, attn.attention_head_size)
     q, k, v = (linear(hidden_states).view(shape).transpose(1, 2) for linear in (attn.q, attn.k, attn.v))
     dropout = attn.dropout.p if self.training else 0.0
-    attended, _ = encoder_attention(attn, q, k, v, attention_mask, dropout=dropout, bias_HR=position_bias)
-    attended = attended.flatten(-2)
+    attended = encoder_attention(attn, q, k, v, attention_mask, dropout=dropout, bias_HR=position_bias)[0].flatten(-2)
     if self.dropout.of_first:
         attended, hidden_states = (first_tokens(x, self.dropout.keys) for x in (attended, hidden_states))
     return (self.LayerNorm(self.dropout(attn.o(attended)) + hidden_states),)
