@@ -365,10 +365,8 @@ class Benchmark:
 
     def fleet(self, size: int, method: str | None = None, without: str | None = None) -> Fleet:
         trials = [trial(self.options, 42 + k % SEEDS, method) for k in range(size)]
-        base, left_out = self.encoder(), {}
-        if without in ("packing", "pruning"):
-            left_out = {"cut": None, "after_attention": (), "packs": without == "pruning"}
-        with mock.patch.multiple(type(encoders.of(base.config.to_dict())), **left_out):
+        base = self.encoder()
+        with left_out(base, without):
             fleet = Fleet(base, trials, self.device)
         if without in ("packing", "graphs"):  # what is not packed is not compiled either
             fleet.recorded = False
@@ -540,6 +538,18 @@ def reach_down(model: transformers.PreTrainedModel, family: encoders.Encoder | N
     """Has gradients go down to the encoder's first layer, though nothing there is trained."""
     encoder = model.base_model.get_submodule((family or encoders.unknown).output)
     encoder.register_forward_pre_hook(lambda _, args: (args[0].detach().requires_grad_(), *args[1:]))
+
+
+@contextlib.contextmanager
+def left_out(model: transformers.PreTrainedModel, what: str | None) -> Iterator[None]:
+    """A fleet that is made of the model meanwhile packs no rows, or lets all tokens through the last layer."""
+    changes: dict[str, dict[str, Any]] = {"pruning": {"cut": None, "after_attention": ()}}
+    changes["packing"] = {**changes["pruning"], "packs": False}
+    family = type(encoders.of(model.config.to_dict()))
+    with contextlib.ExitStack() as patches:
+        for name, value in changes.get(what or "", {}).items():
+            patches.enter_context(mock.patch.object(family, name, value))
+        yield
 
 
 # --- In a process of its own

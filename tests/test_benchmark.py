@@ -75,13 +75,11 @@ def test_without_pruning_the_same_is_computed(model):
     trials = [compose_trial(f"model={model}", "data=synthetic", f"seed={seed}") for seed in range(2)]
     _, tokens = prepare(trials[0])
     losses = []
-    for change in (None, load_script("benchmark").unprune):
-        fleet = Fleet(load(trials[0].model, TASKS["mrpc"]).model, trials, torch.device("cpu"))
-        if change:
-            change(fleet)
-        for module in fleet.modules():
-            if isinstance(module, Dropout):
-                assert not (change and module.of_first)
+    for what in (None, "pruning"):
+        base = load(trials[0].model, TASKS["mrpc"]).model
+        with load_script("benchmark").left_out(base, what):
+            fleet = Fleet(base, trials, torch.device("cpu"))
+        assert any(module.of_first for module in fleet.modules() if isinstance(module, Dropout)) == (what is None)
         batch = tokens["train"].gather(torch.arange(8).expand(2, -1))
         fleet.keys.set(batch.layout, torch.tensor(3), 0)
         losses.append(fleet.train().logits(batch))
