@@ -50,6 +50,8 @@ def printable(text: str) -> str:
 
     For whatever comes from a file, a name or a command line. Newlines and tabs stay.
     """
+    if text.isprintable():
+        return text
     return "".join(
         character if character.isprintable() or character in "\n\t" else character.encode("unicode_escape").decode()
         for character in text

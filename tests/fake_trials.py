@@ -1,5 +1,7 @@
 """Result folders with invented numbers, in the form that training writes, for the tests of reports."""
 
+import functools
+import hashlib
 import itertools
 import json
 import math
@@ -74,6 +76,8 @@ def write(
         validation: on validation; the same unless given.
         distance: ‖W′ − W‖ at the end of training, of each layer times its index plus 1.
         settings: of `config`.
+
+    The hashes of weights and data follow from the config's model and data, the hash of data also from the task.
     """
     made = config(**settings)
     task, method = made["task"]["name"], made["method"]["name"]
@@ -84,7 +88,11 @@ def write(
     epoch = max(0, evaluations - 1)
     best = {"epoch": epoch, "step": 115 * epoch, "validation": split, "test": test}
     unscored = status == "failed" or not evaluations
-    origin = {"source": "files", "sha256": "d" * 64}
+    model = made["model"]
+    origins = {
+        "weights": {"source": model.get("source") or model.get("package") or "random", "sha256": sha256(model)},
+        "data": {"source": "files", "sha256": sha256([task, made["data"]])},
+    }
     result = {
         "schema": 1,
         "id": folder.name,
@@ -110,8 +118,7 @@ def write(
             "device": "cpu",
             "cpu": "a fake one",
             "precision": "float32",
-            "data": origin,
-            "weights": origin,
+            **origins,
         },
     }
     lines = [
@@ -135,6 +142,20 @@ def write(
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "result.json").write_text(json.dumps(result))
     return folder
+
+
+def sha256(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def change(folder: Path, **changes: Any) -> None:
+    """Changes values of a written result by dotted key, with two underscores for each dot."""
+    path = folder / "result.json"
+    result = json.loads(path.read_text())
+    for key, value in changes.items():
+        *parts, name = key.split("__")
+        functools.reduce(dict.__getitem__, parts, result)[name] = value
+    path.write_text(json.dumps(result))
 
 
 def sweep(root: Path, tasks=("mrpc",), methods=tuple(METHODS), factors=FACTORS, seeds=SEEDS, **settings: Any) -> Path:

@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -16,13 +17,12 @@ import fake_trials
 import matplotlib
 import numpy as np
 import pytest
-import scipy.stats
 from matplotlib.collections import PathCollection
 
 from delora.errors import UserError
 from delora.report import curves, statistics, tables, trials
 from delora.report.cli import main
-from delora.report.statistics import Curve, Panel
+from delora.report.statistics import Panel
 
 
 @pytest.fixture(scope="module")
@@ -46,15 +46,6 @@ def panels(root: Path) -> list[Panel]:
     return statistics.panels(trials.read([root]).trials)
 
 
-def curve(score_FS, factors, validation_FS=None) -> Curve:
-    """A curve of given scores; without trials, whose folders the numbers do not need."""
-    score_FS = np.array(score_FS, float)
-    validation_FS = score_FS if validation_FS is None else np.array(validation_FS, float)
-    seeds = list(range(score_FS.shape[1]))
-    return Curve("a", np.array(factors, float), np.array(factors) * 1e-3, seeds, score_FS, validation_FS,
-                 np.zeros(score_FS.shape, bool), {})  # fmt: skip
-
-
 def rows(path: Path) -> list[dict[str, str]]:
     """The rows of a table's CSV, below the comment."""
     comment, *lines = path.read_text(encoding="utf-8").splitlines()
@@ -65,131 +56,6 @@ def rows(path: Path) -> list[dict[str, str]]:
 def score_rows(root: Path, model: str = "minilm") -> dict[str, dict[str, str]]:
     assert main([str(root), "--only", "table"]) == 0
     return {row["method"]: row for row in rows(root / "report" / f"scores-{model}-paper-glue.csv")}
-
-
-# --- Numbers
-
-
-def test_best_rate_is_chosen_on_validation():
-    made = curve([[0.9], [0.7], [0.8]], [1, 2, 4], validation_FS=[[0.5], [0.6], [0.55]])
-    assert made.best == 1
-    assert statistics.robustness(made, None, 0.5).best.value == pytest.approx(0.7)
-
-
-def test_best_rate_needs_all_seeds():
-    made = curve([[0.9, math.nan], [0.8, 0.8], [0.7, 0.7]], [1, 2, 4])
-    assert made.best == 1
-    assert not made.best_is_on_edge
-    assert curve([[0.8], [0.7]], [1, 2]).best_is_on_edge
-
-
-@pytest.mark.parametrize(
-    ("scores", "factors", "width", "at_least"),
-    [
-        # 0.90 → 0.80 crosses 0.89 after 0.1 of a decade; 0.895 is tolerated; 0.895 → 0.70 crosses after 0.005 / 0.195
-        ([0.80, 0.90, 0.895, 0.70], [1, 10, 100, 1000], 0.1 + 1 + 0.005 / 0.195, False),
-        ([0.90, 0.88, 0.80], [1, 10, 100], 0.5, True),
-        ([0.80, 0.895, 0.90], [1, 10, 100], 1 + 0.005 / 0.095, True),
-        ([0.90, 0.90], [1, 4], math.log10(4), True),
-        # what lies behind a drop is not reached
-        ([0.70, 0.90, 0.80, 0.90, 0.70], [1, 10, 100, 1000, 10000], 0.01 / 0.2 + 0.01 / 0.1, False),
-        ([0.90], [1], math.nan, False),
-    ],
-)
-def test_tolerated_range(scores, factors, width, at_least):
-    estimate = statistics.robustness(curve([[s] for s in scores], factors), None, 0.5).tolerated
-    assert estimate.value == pytest.approx(width, nan_ok=True)
-    assert estimate.at_least is at_least
-
-
-@pytest.mark.parametrize(
-    ("span", "sensitivity", "drop"),
-    [
-        # shortfalls at 1, 4, 16: 0, 0.1, 0.4 (floored at 0.5): (0 + 0.1) / 4 + (0.1 + 0.4) / 4
-        ((1, 16), 0.15, 0.6),
-        # at 2, 4, 16: 0.05, 0.1, 0.4, over one and two octaves
-        ((2, 16), (0.05 + 0.1) / 2 / 3 + (0.1 + 0.4) / 2 * 2 / 3, 0.6),
-        ((1, 4), 0.05, 0.1),
-        ((0.5, 16), math.nan, math.nan),  # not covered
-        (None, math.nan, math.nan),
-    ],
-)
-def test_sensitivity_and_worst_drop(span, sensitivity, drop):
-    numbers = statistics.robustness(curve([[0.9], [0.8], [0.3]], [1, 4, 16]), span, floor=0.5)
-    assert numbers.sensitivity.value == pytest.approx(sensitivity, nan_ok=True)
-    assert numbers.drop.value == pytest.approx(drop, nan_ok=True)
-
-
-def test_sensitivity_is_the_integral_over_log_rate():
-    generator = np.random.default_rng(1)
-    factors = np.sort(np.exp(generator.uniform(-2, 3, 7)))
-    score_FS = generator.uniform(0.3, 0.9, (7, 4))
-    floored_F = np.maximum(score_FS, 0.5).mean(1)
-    shortfall_F = floored_F[score_FS.mean(1).argmax()] - floored_F
-    expected = np.trapezoid(shortfall_F, np.log(factors)) / np.log(factors[-1] / factors[0])
-    found = statistics.robustness(curve(score_FS, factors), (factors[0], factors[-1]), 0.5).sensitivity
-    assert found.value == pytest.approx(expected)
-    assert found.low < found.value < found.high
-
-
-def test_intervals_of_two_seeds_span_them():
-    """Of the four equally likely draws two hold one seed twice, so both ends lie within a 95 % interval."""
-    mean, low, high = statistics.band(np.array([[0.2, 0.6], [0.5, math.nan]]))
-    assert (mean[0], low[0], high[0]) == pytest.approx((0.4, 0.2, 0.6))
-    assert mean[1] == 0.5 and math.isnan(low[1]) and math.isnan(high[1])
-
-
-def test_intervals_are_scipys():
-    values = np.array([0.81, 0.86, 0.79, 0.9, 0.84])
-    expected = scipy.stats.bootstrap((values,), np.mean, n_resamples=20000, method="percentile").confidence_interval
-    _, low, high = statistics.band(values[None])[:, 0]
-    assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.003)
-
-
-def test_median_and_interquartile_mean():
-    values = np.array([1.0, 2.0, 3.0, 4.0, 100.0])
-    assert statistics.median(values) == 3
-    assert statistics.iqm(values) == 3  # of 2, 3, 4
-    assert statistics.iqm(np.arange(8.0) ** 2) == (4 + 9 + 16 + 25) / 4
-    # the median of three draws is the lowest value in 7 of 27 cases, the highest in 7: both ends are in the interval
-    estimate = statistics.pooled([np.array([0.0, 1.0, 5.0])], statistics.median)
-    assert (estimate.value, estimate.low, estimate.high) == (1, 0, 5)
-
-
-def test_tasks_are_resampled_apart():
-    """Without spread within a task there is none over the tasks."""
-    estimate = statistics.pooled([np.full(5, 0.2), np.full(5, 0.8)], statistics.iqm)
-    assert (estimate.value, estimate.low, estimate.high) == pytest.approx((0.5, 0.5, 0.5))
-
-
-def test_paired_comparison():
-    a = np.array([0.81, 0.82, 0.83, 0.84, 0.85])
-    estimate, p = statistics.paired(a, np.full(5, 0.8))
-    half = 2.7764451 * np.std([1, 2, 3, 4, 5], ddof=1) / 100 / math.sqrt(5)  # Student's t with 4 degrees of freedom
-    assert (estimate.value, estimate.low, estimate.high) == pytest.approx((0.03, 0.03 - half, 0.03 + half))
-    assert p == pytest.approx(0.0132356, rel=1e-4)
-    equal, p = statistics.paired(a, a - 0.1)
-    assert equal.value == pytest.approx(0.1) and math.isnan(equal.low) and math.isnan(p)
-
-
-def test_difference_from_published_is_welchs():
-    ours, shape = np.array([0.88, 0.9, 0.91, 0.87]), np.array([-1.0, -1.0, 0.0, 1.0, 1.0])
-    theirs = 0.87 + 0.012 * shape / shape.std(ddof=1)
-    expected = scipy.stats.ttest_ind(ours, theirs, equal_var=False).confidence_interval(0.95)
-    estimate = statistics.unpaired(ours, 0.87, 0.012, 5)
-    assert (estimate.low, estimate.high) == pytest.approx((expected.low, expected.high))
-    assert math.isnan(statistics.unpaired(ours, 0.87, None, 5).low)
-
-
-def test_nothing_is_called_higher_without_an_interval_that_excludes_zero(tmp_path):
-    for seed, (lora, delora) in enumerate([(0.80, 0.84), (0.82, 0.85), (0.81, 0.86)]):
-        fake_trials.write(tmp_path / f"lora-{seed}", lora, method="lora", seed=seed)
-        fake_trials.write(tmp_path / f"delora-{seed}", delora, method="delora", seed=seed)
-        fake_trials.write(tmp_path / f"dora-{seed}", [0.86, 0.8, 0.85][seed], method="dora", seed=seed)
-    (panel,) = panels(tmp_path)
-    shown = {(c.first, c.second): (c.higher, c.difference.value, c.n) for c in statistics.compare(panel)}
-    assert shown["LoRA", "DeLoRA"] == ("DeLoRA", pytest.approx(-0.04), 3)
-    assert shown["DoRA", "DeLoRA"][0] is None
 
 
 # --- Trials
@@ -335,6 +201,50 @@ def test_a_deleted_trial_is_missed(tmp_path, sweep):
     assert float(after["MRPC"]) == pytest.approx(100 * np.mean([scores[0], scores[2]]))
 
 
+def test_encoders_of_one_name_are_told_apart_by_their_weights(tmp_path):
+    """Never merged, averaged or dropped as the same trial; the label says which."""
+    for i, (source, sha256, score) in enumerate(
+        [("a/mine", "1" * 64, 0.7), ("b/other", "2" * 64, 0.8), ("moved/mine", "1" * 64, 0.7)]
+    ):
+        folder = fake_trials.write(tmp_path / "by-source" / str(i), score)
+        fake_trials.change(folder, made_by__weights={"source": source, "sha256": sha256})
+    found = trials.read([tmp_path / "by-source"])
+    assert {(t.model, t.score) for t in found.trials} == {("minilm (mine)", 0.7), ("minilm (other)", 0.8)}
+    assert [reason for _, reason in found.left_out] == [f"the same trial as {tmp_path / 'by-source' / '0'}"]
+    made = statistics.panels(found.trials)
+    assert [panel.curves[0].score_FS.tolist() for panel in made] == [[[0.7]], [[0.8]]]
+    names = {table.name: table.title for table in tables.all_tables(made) if table.name.startswith("scores")}
+    assert names["scores-minilm-mine-paper-glue"] == "Scores: minilm (mine), paper protocol"
+    for i, sha256 in enumerate(("1234567890", "abcdefabcd")):
+        folder = fake_trials.write(tmp_path / "by-hash" / str(i), 0.8, seed=i)
+        fake_trials.change(folder, made_by__weights={"source": "same", "sha256": sha256})
+    assert {t.model for t in trials.read([tmp_path / "by-hash"]).trials} == {"minilm (12345678)", "minilm (abcdefab)"}
+    for layers in (2, 4):
+        model = {"name": "tiny", "random": True, "shape": {"layers": layers, "width": 32}}
+        folder = fake_trials.write(tmp_path / "by-config" / str(layers), 0.8, model=model)
+        fake_trials.change(folder, made_by__weights={"source": "random", "sha256": None})
+    assert {t.model for t in trials.read([tmp_path / "by-config"]).trials} == {"tiny (layers 2)", "tiny (layers 4)"}
+
+
+def test_the_same_weights_are_one_encoder_under_any_name(tmp_path):
+    for i, name in enumerate(("minilm", "mine")):
+        folder = fake_trials.write(tmp_path / str(i), 0.8, seed=i, model={"name": name})
+        fake_trials.change(folder, made_by__weights__sha256="1" * 64)
+    (panel,) = panels(tmp_path)
+    assert panel.model == "minilm" and panel.curves[0].score_FS.shape == (1, 2)
+
+
+def test_other_data_of_one_name_is_told_apart(tmp_path):
+    for i, (task, sha256) in enumerate([("mrpc", "1" * 64), ("mrpc", "2" * 64), ("rte", "3" * 64)]):
+        folder = fake_trials.write(tmp_path / str(i), 0.8, task=task)
+        fake_trials.change(folder, made_by__data__sha256=sha256)
+    found = trials.read([tmp_path])
+    assert [(t.task, t.data) for t in found.trials] == [
+        ("mrpc", "glue (11111111)"), ("mrpc", "glue (22222222)"), ("rte", "glue")]  # fmt: skip
+    captions = [table.caption for table in tables.all_tables(statistics.panels(found.trials))]
+    assert any("data GLUE (22222222)." in caption for caption in captions)
+
+
 def test_overlapping_folders_count_once(sweep):
     assert len(trials.read([sweep, sweep / "mrpc-lora-1-42", sweep / "."]).trials) == 60
 
@@ -364,7 +274,7 @@ def test_guessing_is_the_most_frequent_class(shared, task, column):
     path = shared / "glue" / tables.task_name(task) / "dev.tsv"
     with path.open(encoding="utf-8-sig", newline="") as file:
         labels = [row[column] for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
-    assert statistics.guessing(task, "glue") == max(map(labels.count, set(labels))) / len(labels)
+    assert statistics.guessing(task) == max(map(labels.count, set(labels))) / len(labels)
 
 
 def test_only_the_same_encoder_stands_beside_published_rows(tmp_path):
@@ -386,6 +296,32 @@ def test_only_the_same_encoder_stands_beside_published_rows(tmp_path):
         assert [row[0].text for row in made[name].rows] == ["LoRA", "DeLoRA"]
     assert "not comparable" in made["published"].caption and "minilm" in made["published"].caption
     assert "synthetic, not GLUE's" in made["scores-roberta-base-paper-synthetic"].caption
+
+
+@pytest.mark.parametrize(
+    ("source", "comparable"),
+    [
+        ("FacebookAI/roberta-base", True),
+        ("roberta-base", True),  # the hub's older name
+        ("klue/roberta-base", False),
+        ("./roberta-base", False),
+        ("encoders/FacebookAI/roberta-base", False),
+        ("FacebookAI/roberta-large", False),
+        (None, False),
+    ],
+)
+def test_only_the_published_checkpoint_itself_is_comparable(tmp_path, source, comparable):
+    fake_trials.write(tmp_path / "a", 0.9, model={"name": "roberta_base", "source": source})
+    assert tables.is_comparable(panels(tmp_path)) is comparable
+
+
+def test_a_rate_chosen_by_another_rule_is_said_beside_published_rows(tmp_path):
+    roberta = {"name": "roberta_base", "source": "FacebookAI/roberta-base"}
+    for factor in (1, 2):
+        fake_trials.write(tmp_path / str(factor), 0.9, model=roberta, factor=factor)
+    for select, differs in (("pooled", True), ("first-seed", False)):
+        made = statistics.panels(trials.read([tmp_path]).trials, select=select)
+        assert ("how the rate is chosen" in tables.all_tables(made)[0].caption) is differs
 
 
 def test_other_options_are_not_the_published_method(tmp_path):
@@ -563,6 +499,13 @@ def test_mistakes_are_explained(tmp_path, sweep, capsys):
         ([str(tmp_path / "nowhere")], "no such folder"),
         ([str(tmp_path / "empty")], "no finished trial"),
         ([str(sweep), "--range", "4", "1"], "the lower one first"),
+        ([str(sweep), "--range", "1", "inf"], "two factors above 0"),
+        ([str(sweep), "--range", "nan", "1"], "two factors above 0"),
+        ([str(sweep), "--range", "-1", "1"], "two factors above 0"),
+        ([str(sweep), "--range", "0", "1"], "two factors above 0"),
+        ([str(sweep), "--factor", "0"], "--factor 0: no trial has it"),
+        ([str(sweep), "--factor", "nan"], "--factor nan: no trial has it"),
+        ([str(sweep), "--factor", "-1"], "--factor -1: no trial has it"),
         ([str(sweep), "--layer", "qurey"], "no adapted layer is named so. The layers: encoder.layer.0"),
         ([str(sweep), "--output", str(tmp_path / "file" / "report")], "cannot be written"),
     ):
@@ -602,6 +545,78 @@ def test_a_thousand_trials_are_read_in_seconds(many):
     found = trials.read([many])
     assert time.perf_counter() - start < 5
     assert len(found.trials) == 1000
+
+
+HOSTILE = "a\ud800b\x1b[2J\x07$x^$"
+SHOWN = r"a\ud800b\x1b[2J\x07$x^$"
+
+
+@pytest.fixture(scope="module")
+def hostile(tmp_path_factory) -> Path:
+    """Trials with a lone surrogate, escape codes, a formula, an infinite number; some in their folders' names too."""
+    root = tmp_path_factory.mktemp("outputs")
+    for i, factor in enumerate((1, 2)):
+        folder = fake_trials.write(root / f"\x1b[2J\udcff{i}", 0.8 + i / 10, factor=factor)
+        fake_trials.change(folder, config__model__name=HOSTILE, config__method__name=HOSTILE, made_by__cpu=HOSTILE,
+                           made_by__weights__source=HOSTILE, seconds__total=math.inf)  # fmt: skip
+        fake_trials.change(folder, config__precision=HOSTILE)
+    fake_trials.write(root / "\x1b[31mred", None, status="failed")
+    return root
+
+
+def report_on(hostile: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[bytes]:
+    command = [sys.executable, "-m", "delora.report.cli", str(hostile), *arguments]
+    run = subprocess.run(command, env=os.environ | environment, capture_output=True)
+    assert run.returncode == 0, run.stderr
+    assert b"\x1b" not in run.stdout + run.stderr and SHOWN.encode() in run.stdout
+    assert rb"\x1b[31mred: failed" in run.stderr
+    return run
+
+
+def test_nothing_raw_is_printed_or_written(hostile, tmp_path):
+    report_on(hostile, "--output", str(tmp_path / "report"))
+    for path in (tmp_path / "report").iterdir():
+        if path.suffix in (".md", ".tex", ".csv", ".html", ".svg"):
+            text = path.read_text(encoding="utf-8")
+            assert "\x1b" not in text and "\x07" not in text, path
+            if path.suffix == ".svg":
+                xml.etree.ElementTree.fromstring(text)
+    page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    data = json.loads(re.search('id="data">(.*?)</script>', page)[1], parse_constant=pytest.fail)  # NaN, Infinity
+    assert data["shared"]["made_by.cpu"] == SHOWN and "%1B%5B2J%FF0" in page
+
+
+@pytest.mark.parametrize(
+    "environment", [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+)
+def test_a_report_needs_no_encoding(hostile, tmp_path, environment):
+    run = report_on(hostile, "--only", "table", "--output", str(tmp_path), **environment)
+    assert rb"Tolerated: decades of learning rate around it within 1 point of its score; \u2265" in run.stdout
+
+
+def test_help_and_mistakes_need_no_encoding(sweep):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    for arguments, status, said in (
+        (["--help"], 0, "LOW HIGH"),
+        ([str(sweep / "\x1b[2J‖")], 2, r"\x1b[2J\u2016: no such folder"),
+        ([str(sweep), "--layer", "λ"], 2, r"--layer \u03bb: no adapted layer"),
+    ):
+        command = [sys.executable, "-m", "delora.report.cli", *arguments]
+        run = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert (run.returncode, "Traceback" in run.stderr, "\x1b" in run.stderr) == (status, False, False)
+        assert said in run.stdout + run.stderr
+
+
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_a_reader_that_went_away_is_no_error(sweep, unbuffered):
+    for arguments in (["--help"], [str(sweep), "--only", "table"]):
+        read, write = os.pipe()
+        os.close(read)
+        command = [sys.executable, "-m", "delora.report.cli", *arguments]
+        environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+        run = subprocess.run(command, env=environment, stdout=write, stderr=subprocess.PIPE, text=True)
+        os.close(write)
+        assert (run.returncode, run.stderr.count("Error")) == (0, 0)
 
 
 # --- The page

@@ -1,11 +1,13 @@
 """The command `delora-report`."""
 
 import argparse
+import math
 import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from delora import terminal
 from delora.errors import UserError
 
 DESCRIPTION = """Draws learning-rate robustness curves and the paper's tables from results on disk.
@@ -22,15 +24,13 @@ EXAMPLES = """examples:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
+    terminal.prepare()
     options = _parser().parse_args(arguments)
     try:
         report(options)
-        sys.stdout.flush()
     except UserError as error:
-        print(f"delora-report: error: {error}", file=sys.stderr)
+        print(f"delora-report: error: {terminal.printable(str(error))}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # `delora-report ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         return 130
     return 0
@@ -52,6 +52,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--factor", type=float, help="shows training at this factor; default: at each method's best")
     span = "factors over which worst drop and sensitivity are taken; default: all that every method covers"
     add("--range", type=float, nargs=2, metavar=("LOW", "HIGH"), help=span)
+    select = (
+        "the best rate: highest mean validation score over the seeds, or, as in the paper, of the lowest seed alone"
+    )
+    add("--select", choices=("pooled", "first-seed"), default="pooled", help=select)
     return parser
 
 
@@ -61,15 +65,16 @@ def report(options: argparse.Namespace) -> None:
     Raises:
         UserError: what `trials.read` raises, the options do not fit the trials, or a file cannot be written.
     """
-    if options.range and not 0 < options.range[0] < options.range[1]:
-        raise UserError("--range LOW HIGH: two factors, the lower one first, as in --range 0.25 32")
+    if options.range and not 0 < options.range[0] < options.range[1] < math.inf:
+        raise UserError("--range LOW HIGH: two factors above 0, the lower one first, as in --range 0.25 32")
 
     # After the options are read: `--help` and mistakes answer at once.
     from delora.report import curves, page, statistics, tables, trials
 
     found = trials.read(options.folders, options.layer)
-    panels = statistics.panels(found.trials, tuple(options.range) if options.range else None)
-    if options.factor and all(curves.shown_factor(c, options.factor) is None for p in panels for c in p.curves):
+    panels = statistics.panels(found.trials, tuple(options.range) if options.range else None, options.select)
+    shown = [curves.shown_factor(curve, options.factor) for panel in panels for curve in panel.curves]
+    if options.factor is not None and not any(at is not None for at in shown):
         known = ", ".join(tables.number(factor) for factor in sorted({trial.factor for trial in found.trials}))
         raise UserError(f"--factor {options.factor:g}: no trial has it. The factors are {known}")
     notes = tables.notes(found, panels)
@@ -92,7 +97,7 @@ def report(options: argparse.Namespace) -> None:
     printed = {None: [table for table in made if table.name.startswith("scores")], "table": made}
     print("\n".join(tables.FORMS[options.format][1](table) for table in printed.get(options.only, [])), end="")
     for path in written:
-        print(path, file=sys.stderr if options.only == "table" else sys.stdout)
+        print(terminal.printable(str(path)), file=sys.stderr if options.only == "table" else sys.stdout)
 
 
 def _common(folders: Sequence[Path]) -> Path:

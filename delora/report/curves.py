@@ -41,6 +41,7 @@ RC: dict[Any, Any] = {
     "xtick.labelsize": 7.5,
     "ytick.labelsize": 7.5,
     "pdf.fonttype": 42,  # text stays text
+    "text.parse_math": False,  # a name may hold dollars
     "svg.hashsalt": "delora",  # with METADATA: the same picture has the same bytes on another day
     "savefig.dpi": 200,
 }

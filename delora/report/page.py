@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import quote
 
 import numpy as np
@@ -34,8 +35,8 @@ def write(
     """
     trials = [trial for panel in panels for trial in panel.trials]
     folder = path.parent.resolve()
-    links = [quote(os.path.relpath(trial.folder.resolve(), folder)) for trial in trials]
-    facts = [results.flatten({**trial.result, "label": trial.label}) for trial in trials]
+    links = [quote(os.fsencode(os.path.relpath(trial.folder.resolve(), folder))) for trial in trials]
+    facts = [_facts(trial) for trial in trials]
     keys = list(dict.fromkeys(key for fact in facts for key in fact))
     shared = {key: facts[0][key] for key in keys if all(key in fact and fact[key] == facts[0][key] for fact in facts)}
     own = [key for key in keys if key not in shared]
@@ -63,6 +64,12 @@ def write(
     filled = head + "".join(parts[name] + text for name, _, text in (piece.partition("-->") for piece in rest))
     path.write_text(filled, encoding="utf-8")
     return path
+
+
+def _facts(trial: Trial) -> dict[str, Any]:
+    """Everything about a trial by dotted key, as JSON has it: a number that is not finite is text."""
+    flat = results.flatten({**trial.result, "label": trial.label})
+    return {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in flat.items()}
 
 
 def _title(panels: Sequence[Panel]) -> str:

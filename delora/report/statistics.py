@@ -1,10 +1,12 @@
 """The numbers under the curves. Scores are fractions; a point is 0.01.
 
-Shapes: F learning rates, S seeds, B draws of seeds, P points of a grid.
+Shapes: F learning rates, S seeds, B draws of seeds or shuffles of rates, P points of a grid.
 
 Intervals resample the seeds: all rates of a seed share its split, data order and initial values, so whole seeds are
-drawn with replacement, the same draws for every method, and each number is computed anew from every draw. They are
-95 % percentile intervals, and with five seeds they are on the narrow side.
+drawn with replacement, the same draws for every method, and each number is computed anew from every draw. Up to seven
+seeds all draws there are (126 for five) are taken, each with its probability, else `DRAWS` at random. They are 95 %
+percentile intervals, and with five seeds they are on the narrow side. The worst drop is a maximum, so that its interval
+excludes zero for a flat curve too: whether there is one is told by `chance`.
 """
 
 import functools
@@ -14,7 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 import yaml  # type: ignore[import-untyped]
@@ -23,9 +25,13 @@ from delora.report.trials import Trial, label_order
 from delora.tasks import TASKS
 
 DRAWS = 2000
+SHUFFLES = 4999  # beside what was seen: the lowest p-value is 1 in 5,000
 LEVEL = 0.95
 TOLERANCE = 0.01  # a rate is tolerated if it scores within one point of the best
+ALL_PAIRS = 16  # methods of a panel up to which each is compared with each
 Span = tuple[float, float]  # the lowest and the highest factor of a range
+Select = Literal["pooled", "first-seed"]  # how the best rate is chosen: see `best_rates`
+SELECTS: tuple[Select, ...] = get_args(Select)
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ class Curve:
         seeds: ascending.
         scoreless_FS: which trials have no score.
         trials: by (index of the factor, index of the seed).
+        select: how the best rate is chosen.
     """
 
     label: str
@@ -60,11 +67,12 @@ class Curve:
     validation_FS: np.ndarray
     scoreless_FS: np.ndarray
     trials: dict[tuple[int, int], Trial]
+    select: Select = "pooled"
 
     @functools.cached_property
     def best(self) -> int:
         """The index of the best rate: see `best_rates`."""
-        return int(best_rates(self, draws(len(self.seeds))[:1])[0])
+        return int(best_rates(self, np.ones((1, len(self.seeds))))[0])
 
     @property
     def best_scores_S(self) -> np.ndarray:
@@ -100,6 +108,7 @@ class Panel:
         floor: the score of guessing; it stands in for a trial without a score.
         heads: training the head alone on the frozen encoder, if such trials are there.
         span: the range of factors for worst drop and sensitivity; None if no range is covered by every curve.
+        select: how each curve's best rate is chosen.
     """
 
     task: str
@@ -110,10 +119,16 @@ class Panel:
     curves: list[Curve]
     heads: list[Curve]
     span: Span | None
+    select: Select
 
     @property
     def split(self) -> str:
         return "test" if self.protocol == "paper" else "validation"
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether its data were generated."""
+        return self.trials[0].synthetic
 
     @property
     def trials(self) -> list[Trial]:
@@ -136,7 +151,7 @@ def published() -> dict[str, Any]:
     return yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
 
 
-def guessing(task: str, data: str) -> float:
+def guessing(task: str, synthetic: bool = False) -> float:
     """What always guessing the same scores: the floor of every curve.
 
     It stands for the untrained model, whose accuracy is that of whatever class its head happens to prefer; guessing the
@@ -146,7 +161,7 @@ def guessing(task: str, data: str) -> float:
     facts = TASKS[task]
     if facts.headline != "accuracy":
         return 0.0
-    if data == "synthetic":
+    if synthetic:
         return 1 / facts.num_labels
     rows, all_rows = published()["most_frequent_class"][task]
     return rows / all_rows
@@ -158,27 +173,28 @@ def task_order(task: str) -> int:
     return order.index(task) if task in order else len(order)
 
 
-def panels(trials: Iterable[Trial], span: Span | None = None) -> list[Panel]:
+def panels(trials: Iterable[Trial], span: Span | None = None, select: Select = "pooled") -> list[Panel]:
     """Groups trials into panels, in the order of the paper's table, then by encoder.
 
     Args:
         span: the range of factors for worst drop and sensitivity, instead of the widest that all curves cover.
+        select: how each curve's best rate is chosen.
     """
     by_place: dict[tuple[str, str, str, str], dict[str, list[Trial]]] = defaultdict(lambda: defaultdict(list))
     for trial in trials:
         by_place[trial.place][trial.label].append(trial)
     made = []
     for place, by_label in sorted(by_place.items(), key=lambda item: (task_order(item[0][0]), *item[0])):
-        floor = guessing(place[0], place[3])
-        curves = [curve(label, by_label[label], floor) for label in sorted(by_label, key=label_order)]
+        floor = guessing(place[0], next(iter(by_label.values()))[0].synthetic)
+        curves = [curve(label, by_label[label], floor, select) for label in sorted(by_label, key=label_order)]
         heads = [c for c in curves if c.trials_at(0)[0].result["parameters"]["adapter"] == 0]
         adapted = [c for c in curves if c not in heads]
         shown, heads = (adapted, heads) if adapted else (heads, [])
-        made.append(Panel(*place, floor, shown, heads, span or common_span(shown)))
+        made.append(Panel(*place, floor, shown, heads, span or common_span(shown), select))
     return made
 
 
-def curve(label: str, trials: Sequence[Trial], floor: float) -> Curve:
+def curve(label: str, trials: Sequence[Trial], floor: float, select: Select = "pooled") -> Curve:
     """The scores of one method's trials as arrays."""
     rates = dict(sorted({t.factor: t.rate for t in trials}.items()))
     factors, seeds = list(rates), sorted({t.seed for t in trials})
@@ -190,7 +206,7 @@ def curve(label: str, trials: Sequence[Trial], floor: float) -> Curve:
         score_FS[place] = floor if math.isnan(trial.score) else trial.score
         validation_FS[place] = floor if math.isnan(trial.validation) else trial.validation
     rates_F = np.array(list(rates.values()))
-    return Curve(label, np.array(factors), rates_F, seeds, score_FS, validation_FS, scoreless_FS, places)
+    return Curve(label, np.array(factors), rates_F, seeds, score_FS, validation_FS, scoreless_FS, places, select)
 
 
 def common_span(curves: Sequence[Curve]) -> Span | None:
@@ -205,10 +221,26 @@ def common_span(curves: Sequence[Curve]) -> Span | None:
 
 
 @functools.cache
+def resamples(n: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draws of n values with replacement: their indices (B, n), and the probability (B,) of each.
+
+    All there are, up to order, where these are no more than DRAWS; else DRAWS at random, the same each time.
+    """
+    if math.comb(2 * n - 1, n) > DRAWS:
+        return np.random.default_rng(0).integers(0, n, (DRAWS, n)), np.full(DRAWS, 1 / DRAWS)
+    index_BN = np.array(list(itertools.combinations_with_replacement(range(n), n)))
+    factorials_N = np.array([math.factorial(i) for i in range(n + 1)])
+    return index_BN, factorials_N[n] / factorials_N[_counts(index_BN)].prod(1) / n**n
+
+
+def _counts(index_BN: np.ndarray) -> np.ndarray:
+    return (index_BN[:, :, None] == np.arange(index_BN.shape[1])).sum(1)
+
+
+@functools.cache
 def draws(seeds: int) -> np.ndarray:
-    """How often each seed is drawn, (1 + DRAWS, S): once each in the first row. The same for every method."""
-    drawn = np.random.default_rng(0).multinomial(seeds, [1 / seeds] * seeds, size=DRAWS)
-    return np.vstack([np.ones(seeds), drawn])
+    """How often each seed is drawn, (1 + B, S): once each in the first row. The same for every method."""
+    return np.vstack([np.ones(seeds), _counts(resamples(seeds)[0])])
 
 
 def means(values_FS: np.ndarray, draws_BS: np.ndarray) -> np.ndarray:
@@ -218,20 +250,33 @@ def means(values_FS: np.ndarray, draws_BS: np.ndarray) -> np.ndarray:
         return (draws_BS @ np.where(there, values_FS, 0).T) / (draws_BS @ there.T.astype(float))
 
 
-def estimate(values_B: np.ndarray, seeds: int, at_least: bool = False) -> Estimate:
-    """The first of the values with the interval of the others; without one where a single seed leaves no spread."""
-    resampled = values_B[1:][~np.isnan(values_B[1:])]
-    if seeds < 2 or math.isnan(values_B[0]) or not len(resampled):
-        return Estimate(float(values_B[0]), at_least=at_least)
-    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Estimate(float(values_B[0]), float(low), float(high), at_least)
+def estimate(values_B: np.ndarray, seeds: int, at_least: bool = False, rests_on: int | None = None) -> Estimate:
+    """The first of the values with the interval of the others, one for each of the `draws` of so many seeds.
+
+    Args:
+        rests_on: how many trials the first value rests on, where not on all seeds: a single one leaves no spread.
+    """
+    value, resampled_B = float(values_B[0]), values_B[1:]
+    if (rests_on or seeds) < 2 or math.isnan(value) or np.isnan(resampled_B).all():
+        return Estimate(value, at_least=at_least)
+    return Estimate(value, *percentiles(resampled_B, resamples(seeds)[1]), at_least)
+
+
+def percentiles(values_B: np.ndarray, weight_B: np.ndarray) -> tuple[float, float]:
+    """The ends between which LEVEL of a distribution lies: the lowest values that its shares reach. NaN is left out."""
+    there = ~np.isnan(values_B)
+    order = np.argsort(values_B[there], kind="stable")
+    value_B, share_B = values_B[there][order], np.cumsum(weight_B[there][order])
+    ends = np.searchsorted(share_B / share_B[-1], [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = value_B[ends]
+    return float(low), float(high)
 
 
 def band(values_FS: np.ndarray) -> np.ndarray:
     """Mean over the seeds at each rate and its interval's ends, (3, F)."""
-    means_BF = means(values_FS, draws(values_FS.shape[1]))
-    n_F = (~np.isnan(values_FS)).sum(1)
-    estimates = [estimate(column, n) for column, n in zip(means_BF.T, n_F, strict=True)]
+    seeds = values_FS.shape[1]
+    means_BF, n_F = means(values_FS, draws(seeds)), (~np.isnan(values_FS)).sum(1)
+    estimates = [estimate(column, seeds, rests_on=n) for column, n in zip(means_BF.T, n_F, strict=True)]
     return np.array([[e.value, e.low, e.high] for e in estimates]).T
 
 
@@ -240,11 +285,17 @@ def band(values_FS: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Robustness:
-    """See `best_rates` for the best score, and the functions named like the others."""
+    """See `best_rates` for the best score, and the functions named like the others.
+
+    Attributes:
+        flat, p: what `chance` says of the drop.
+    """
 
     best: Estimate
     tolerated: Estimate
     drop: Estimate
+    flat: float
+    p: float
     sensitivity: Estimate
 
 
@@ -255,22 +306,31 @@ def robustness(curve: Curve, span: Span | None, floor: float) -> Robustness:
     best_B = best_rates(curve, draws_BS)
     score_BF, floored_BF = means(curve.score_FS, draws_BS), means(np.maximum(curve.score_FS, floor), draws_BS)
     width_B, on_edge_B = tolerated_range(score_BF, x_F, best_B)
+    flat, p = chance(curve, span)
     return Robustness(
         best=estimate(_take(score_BF, best_B), seeds),
         tolerated=estimate(width_B, seeds, at_least=bool(on_edge_B[0])),
         drop=estimate(worst_drop(score_BF, x_F, best_B, span), seeds),
+        flat=flat,
+        p=p,
         sensitivity=estimate(sensitivity(floored_BF, x_F, best_B, span), seeds),
     )
 
 
 def best_rates(curve: Curve, draws_BS: np.ndarray) -> np.ndarray:
-    """The index (B,) of the rate with the highest mean validation score; of equals the lowest rate.
+    """The index (B,) of the rate with the highest validation score; of equals the lowest rate.
 
-    Test scores are never looked at. Rates with fewer trials than the fullest one cannot win: an unfinished sweep does
-    not crown a rate for one lucky seed.
+    Pooled, that is the mean over the drawn seeds; with first-seed, as the paper has it, the score of the lowest seed,
+    whatever is drawn. Test scores are never looked at. Rates with fewer trials than the fullest one cannot win: an
+    unfinished sweep does not crown a rate for one lucky seed. With first-seed they can where the seed has no other.
     """
-    validation_BF = means(curve.validation_FS, draws_BS)
-    return np.where(curve.fullest_F & ~np.isnan(validation_BF), validation_BF, -np.inf).argmax(1)
+    if curve.select == "first-seed":
+        validation_BF = np.broadcast_to(curve.validation_FS[:, 0], (len(draws_BS), len(curve.factors_F)))
+        able_F = curve.fullest_F & ~np.isnan(validation_BF[0])
+        able_F = able_F if able_F.any() else ~np.isnan(validation_BF[0])
+    else:
+        validation_BF, able_F = means(curve.validation_FS, draws_BS), curve.fullest_F
+    return np.where(able_F & ~np.isnan(validation_BF), validation_BF, -np.inf).argmax(1)
 
 
 def tolerated_range(score_BF: np.ndarray, x_F: np.ndarray, best_B: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -312,6 +372,46 @@ def worst_drop(score_BF: np.ndarray, x_F: np.ndarray, best_B: np.ndarray, span: 
         return np.full(len(best_B), np.nan)
     used_F = grid[1].any(0)
     return _take(score_BF, best_B) - (score_BF[:, used_F] @ grid[1][:, used_F].T).min(1)
+
+
+def chance(curve: Curve, span: Span | None) -> tuple[float, float]:
+    """What worst drop the seeds' noise alone makes, and how likely it makes one like the curve's.
+
+    The worst drop is a maximum, and so above zero for a flat curve too. Its distribution where the rate has no effect
+    is had by shuffling each seed's trials, validation and test together, among the rates, and choosing the best rate
+    and the lowest score anew: a permutation test within blocks, exact where the noise is the same at all rates, for any
+    number of seeds. What is compared is the drop over the noise, which is the larger of the two-way residuals' standard
+    deviation (seed and rate taken out) and that between the two rates of the drop: so a curve that breaks is not held
+    against itself, nor a rate for its own noise.
+
+    Returns:
+        The drop that a flat curve with this curve's noise exceeds in 5 % of all cases, a fraction; and the one-sided p.
+        Both NaN where the range is not covered or fewer than two seeds have all rates; others are left out.
+    """
+    whole_S = ~np.isnan(curve.score_FS).any(0)
+    grid = _grid(np.log10(curve.factors_F), span)
+    if grid is None or whole_S.sum() < 2 or (curve.select == "first-seed" and not whole_S[0]):
+        return math.nan, math.nan
+    order_BFS = _shuffles(len(curve.factors_F), int(whole_S.sum()))
+    validation_BFS = np.take_along_axis(curve.validation_FS[None, :, whole_S], order_BFS, 1)
+    score_BFS = np.take_along_axis(curve.score_FS[None, :, whole_S], order_BFS, 1)
+    chosen_BF = validation_BFS[:, :, 0] if curve.select == "first-seed" else validation_BFS.mean(2)
+    score_BPS = grid[1] @ score_BFS
+    drop_BS = _take(score_BFS, chosen_BF.argmax(1)) - _take(score_BPS, score_BPS.mean(2).argmin(1))
+    residual_BFS = score_BFS - score_BFS.mean(2, keepdims=True) - score_BFS.mean(1, keepdims=True) + score_BFS.mean()
+    freedom = (residual_BFS.shape[1] - 1) * (residual_BFS.shape[2] - 1)
+    noise_B = np.sqrt(np.maximum((residual_BFS**2).sum((1, 2)) / freedom, drop_BS.var(1, ddof=1) / 2))
+    ratio_B = drop_BS.mean(1) / np.maximum(noise_B, 1e-9)  # of scores without any noise
+    p = float((ratio_B >= ratio_B[0] - 1e-9 * abs(ratio_B[0])).mean())
+    return float(np.quantile(ratio_B, LEVEL, method="higher") * noise_B[0]), p
+
+
+@functools.cache
+def _shuffles(factors: int, seeds: int) -> np.ndarray:
+    """Orders of the rates for each seed, (1 + SHUFFLES, F, S): as they are, then at random; the same for all curves."""
+    random_BFS = np.random.default_rng(0).random((1 + SHUFFLES, factors, seeds))
+    random_BFS[0] = np.arange(factors)[:, None]
+    return random_BFS.argsort(1)
 
 
 def sensitivity(floored_BF: np.ndarray, x_F: np.ndarray, best_B: np.ndarray, span: Span | None) -> np.ndarray:
@@ -356,7 +456,8 @@ def _grid(x_F: np.ndarray, span: Span | None) -> tuple[np.ndarray, np.ndarray] |
 
 
 def _take(values_BF: np.ndarray, index_B: np.ndarray) -> np.ndarray:
-    return np.take_along_axis(values_BF, index_B[:, None], 1)[:, 0]
+    """Of each draw the value, or the row of values, at its index."""
+    return values_BF[np.arange(len(values_BF)), index_B]
 
 
 # --- Numbers of one cell of a table
@@ -378,64 +479,81 @@ def median(values: np.ndarray) -> np.ndarray:
 
 def iqm(values: np.ndarray) -> np.ndarray:
     """The interquartile mean over the last axis: a quarter of the values, rounded down, is cut from each end."""
-    import scipy.stats
-
-    return scipy.stats.trim_mean(values, 0.25, axis=-1)
+    cut = values.shape[-1] // 4
+    return np.sort(values, -1)[..., cut : values.shape[-1] - cut].mean(-1)
 
 
 def pooled(samples: Sequence[np.ndarray], statistic: Callable[[np.ndarray], np.ndarray]) -> Estimate:
     """A statistic of the values of several tasks together, each task's (n,) resampled within itself."""
-    import scipy.stats
-
     value = float(statistic(np.concatenate(samples)))
     if min(map(len, samples)) < 2:
         return Estimate(value)
-    interval = scipy.stats.bootstrap(
-        samples,
-        lambda *drawn, axis: statistic(np.concatenate(drawn, axis)),
-        n_resamples=DRAWS,
-        confidence_level=LEVEL,
-        method="percentile",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return Estimate(value, float(interval.low), float(interval.high))
+    if len(samples) == 1:
+        index_BN, weight_B = resamples(len(samples[0]))
+        return Estimate(value, *percentiles(statistic(samples[0][index_BN]), weight_B))
+    random = np.random.default_rng(0)
+    drawn = [sample[random.integers(0, len(sample), (DRAWS, len(sample)))] for sample in samples]
+    return Estimate(value, *percentiles(statistic(np.concatenate(drawn, 1)), np.full(DRAWS, 1 / DRAWS)))
 
 
-@dataclass(frozen=True)
+@dataclass
 class Comparison:
-    """A paired comparison by seed: the mean of first − second over the n seeds that both have."""
+    """A paired comparison by seed: the mean of first − second over the n seeds that both have.
 
+    Attributes:
+        what: the number that is compared.
+        p, corrected: of this comparison alone, and among its family: see `compare`. NaN without an interval.
+    """
+
+    task: str
     what: str
     first: str
     second: str
     difference: Estimate
     p: float
     n: int
+    corrected: float = math.nan
 
     @property
     def higher(self) -> str | None:
-        """The label of the method that is shown to be higher: None unless the interval excludes zero."""
-        if self.difference.low > 0:
-            return self.first
-        return self.second if self.difference.high < 0 else None
+        """The label of the method that is shown to be higher: None unless the corrected p says so."""
+        if not self.corrected < 1 - LEVEL:
+            return None
+        return self.first if self.difference.value > 0 else self.second
 
 
-def compare(panel: Panel) -> list[Comparison]:
-    """Every pair of methods, in the score at each one's best rate and in sensitivity, seed by seed."""
+def compare(panels: Iterable[Panel]) -> list[Comparison]:
+    """Methods in the score at each one's best rate and in sensitivity, seed by seed.
+
+    In a panel of up to ALL_PAIRS methods each is compared with each, in a larger one each with the one that is best on
+    validation. All comparisons of one number are a family, within which p is corrected after Holm.
+    """
     made = []
-    for first, second in itertools.combinations(panel.curves, 2):
-        seeds = sorted({*first.seeds} & {*second.seeds})
-        for what, numbers in (("score at the best rate", _best_by_seed), ("sensitivity", _sensitivity_by_seed)):
-            of_first, of_second = numbers(first, panel), numbers(second, panel)
-            pairs = np.array([(of_first[seed], of_second[seed]) for seed in seeds]).reshape(-1, 2)
-            pairs = pairs[~np.isnan(pairs).any(1)]
-            if len(pairs):
-                made.append(Comparison(what, first.label, second.label, *paired(*pairs.T), len(pairs)))
+    for panel in panels:
+        numbers = {
+            "score at the best rate": [dict(zip(c.seeds, c.best_scores_S, strict=True)) for c in panel.curves],
+            "sensitivity": [_sensitivity_by_seed(c, panel) for c in panel.curves],
+        }
+        for first, second in _pairs(panel.curves):
+            for what, by_seed in numbers.items():
+                shared = sorted(by_seed[first].keys() & by_seed[second].keys())
+                pairs = np.array([(by_seed[first][seed], by_seed[second][seed]) for seed in shared]).reshape(-1, 2)
+                pairs = pairs[~np.isnan(pairs).any(1)]
+                if len(pairs):
+                    labels = panel.curves[first].label, panel.curves[second].label
+                    made.append(Comparison(panel.task, what, *labels, *paired(*pairs.T), len(pairs)))
+    for what in {c.what for c in made}:
+        family = [c for c in made if c.what == what]
+        for c, corrected in zip(family, holm([c.p for c in family]), strict=True):
+            c.corrected = corrected
     return made
 
 
-def _best_by_seed(curve: Curve, panel: Panel) -> dict[int, float]:
-    return dict(zip(curve.seeds, curve.best_scores_S, strict=True))
+def _pairs(curves: Sequence[Curve]) -> list[tuple[int, int]]:
+    if len(curves) <= ALL_PAIRS:
+        return [*itertools.combinations(range(len(curves)), 2)]
+    best = int(np.argmax([np.nanmean(curve.validation_FS[curve.best]) for curve in curves]))
+    return [(best, other) for other in range(len(curves)) if other != best]
 
 
 def _sensitivity_by_seed(curve: Curve, panel: Panel) -> dict[int, float]:
@@ -451,19 +569,31 @@ def paired(a: np.ndarray, b: np.ndarray) -> tuple[Estimate, float]:
     Interval and p are NaN with fewer than two pairs, or where all differences are equal: no spread was seen, which
     with a handful of seeds and coarse scores does not show that there is none.
     """
-    import scipy.stats
+    from scipy import special  # scipy.stats takes a second to import, and its tests half a millisecond each
 
     difference = a - b
-    if len(difference) < 2 or np.ptp(difference) < 1e-9:
-        return Estimate(float(difference.mean())), math.nan
-    test = scipy.stats.ttest_rel(a, b)
-    interval = test.confidence_interval(LEVEL)
-    return Estimate(float(difference.mean()), float(interval.low), float(interval.high)), float(test.pvalue)
+    mean, freedom = float(difference.mean()), len(difference) - 1
+    if not freedom or np.ptp(difference) < 1e-9:
+        return Estimate(mean), math.nan
+    error = std(difference) / math.sqrt(len(difference))
+    half = float(special.stdtrit(freedom, (1 + LEVEL) / 2)) * error
+    return Estimate(mean, mean - half, mean + half), 2 * float(special.stdtr(freedom, -abs(mean) / error))
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """The p-values of a family corrected for their number after Holm 1979: the lowest times n, the next times n − 1,
+    and so on, none below one before it. NaN, of what was not tested, stays and does not count.
+    """
+    given = np.array(p, float)
+    order = np.argsort(given)[: (~np.isnan(given)).sum()]  # NaN is sorted last
+    corrected = np.full(len(given), np.nan)
+    corrected[order] = np.minimum(np.maximum.accumulate(given[order] * np.arange(len(order), 0, -1)), 1)
+    return corrected.tolist()
 
 
 def unpaired(ours: np.ndarray, mean: float, spread: float | None, n: int) -> Estimate:
     """Our mean minus a published one, with Welch's interval where the published one has a std over n seeds."""
-    import scipy.stats
+    from scipy import special
 
     difference = float(ours.mean()) - mean
     if spread is None or len(ours) < 2:
@@ -472,5 +602,5 @@ def unpaired(ours: np.ndarray, mean: float, spread: float | None, n: int) -> Est
     if not a + b:
         return Estimate(difference)
     freedom = (a + b) ** 2 / (a**2 / (len(ours) - 1) + b**2 / (n - 1))
-    half = float(scipy.stats.t.ppf((1 + LEVEL) / 2, freedom)) * math.sqrt(a + b)
+    half = float(special.stdtrit(freedom, (1 + LEVEL) / 2)) * math.sqrt(a + b)
     return Estimate(difference, difference - half, difference + half)

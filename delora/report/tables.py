@@ -15,9 +15,10 @@ import numpy as np
 
 from delora.config import show
 from delora.report import statistics
-from delora.report.statistics import Curve, Estimate, Panel
+from delora.report.statistics import Curve, Estimate, Panel, Robustness
 from delora.report.trials import Collection, Trial, label_order
 from delora.tasks import TASKS
+from delora.terminal import printable
 
 MISSING = "—"
 PAGE_ROWS = 40  # of a LaTeX table
@@ -80,8 +81,9 @@ def _groups(panels: Sequence[Panel]) -> list[list[Panel]]:
 
 def _table(kind: str, group: Sequence[Panel], title: str, caption: str, columns: list[str], **content: Any) -> Table:
     panel = group[0]
-    name = re.sub(r"[^A-Za-z0-9.-]+", "-", f"{kind}-{panel.model}-{panel.protocol}-{panel.data}")
-    where = f"{panel.model}, {panel.protocol} protocol" + (", synthetic data" if panel.data == "synthetic" else "")
+    parts = (re.sub(r"[^A-Za-z0-9.]+", "-", part).strip("-") for part in (panel.model, panel.protocol, panel.data))
+    name = "-".join((kind, *parts))
+    where = f"{panel.model}, {panel.protocol} protocol" + (f", {panel.data} data" if panel.data != "glue" else "")
     return Table(name, f"{title}: {where}", caption, columns, **content)
 
 
@@ -102,10 +104,10 @@ def _curves(group: Iterable[Panel], label: str) -> dict[str, Curve]:
 
 
 def is_comparable(group: Sequence[Panel]) -> bool:
-    """Whether published rows may stand beside ours: real data, and the encoder is the published one."""
-    encoder = statistics.published()["encoder"]
-    sources = {trial.config["model"].get("source") for panel in group for trial in panel.trials}
-    return group[0].data != "synthetic" and all(Path(source or "").name == encoder for source in sources)
+    """Whether published rows may stand beside ours: real data, and the encoder is the published checkpoint itself."""
+    known = statistics.published()["encoder_sources"]
+    sources = {trial.result["made_by"]["weights"]["source"] for panel in group for trial in panel.trials}
+    return not group[0].synthetic and sources <= {*known}
 
 
 def _scores(group: Sequence[Panel]) -> Table:
@@ -204,12 +206,12 @@ def _score_caption(group: Sequence[Panel]) -> str:
     metrics = {task_name(panel.task): METRICS[TASKS[panel.task].headline] for panel in group}
     inits = {trial.config["method"]["init"] for trial in trials if "init" in trial.config["method"]}
     heads = sorted({trial.result["parameters"]["head"] for trial in trials})
-    data = "synthetic, not GLUE's" if group[0].data == "synthetic" else "GLUE"
+    data = f"{group[0].data}, not GLUE's" if group[0].synthetic else group[0].data.replace("glue", "GLUE", 1)
     text = (
         f"Encoder {group[0].model}; data {data}. "
         f"Split: {SPLITS.get(group[0].protocol, group[0].protocol)} (protocol={group[0].protocol}). "
         f"Metric, in percent: {_by_task(metrics)}; of the checkpoint that is best on validation, at the learning rate "
-        f"with the highest mean validation score. Mean ± sample standard deviation over n seeds "
+        f"with {_selection(group)}. Mean ± sample standard deviation over n seeds "
         f"({_listed(trial.seed for trial in trials)}). "
         f"Epochs {_setting(group, 'epochs')}; maximum length {_setting(group, 'max_length')}; "
         f"precision {_setting(group, 'precision')}; init {_listed(inits) if inits else 'each method’s own'}. "
@@ -228,6 +230,8 @@ def _versus_published(group: Sequence[Panel]) -> str:
         "the split": group[0].protocol != facts["protocol"],
         "the seeds": {trial.seed for trial in trials} != {*facts["seeds"]},
         "the maximum length": not {trial.config["max_length"] for trial in trials} <= {*facts["max_length"]},
+        "how the rate is chosen": group[0].select != facts["select"]
+        and any(len(curve.factors_F) > 1 for panel in group for curve in panel.curves),
         "the epochs": any(
             trial.config["epochs"] != facts["epochs"].get(trial.task)
             for trial in trials
@@ -264,32 +268,37 @@ def _listed(values: Iterable[Any]) -> str:
 
 
 def _robustness(group: Sequence[Panel]) -> Table:
+    numbers = [statistics.robustness(curve, panel.span, panel.floor) for panel in group for curve in panel.curves]
+    family = statistics.holm([of_one.p for of_one in numbers])
     rows: list[list[Cell]] = []
     rules: list[int] = []
     for panel in group:
         rules.append(len(rows))
-        rows += [_robustness_row(panel, curve) for curve in panel.curves]
+        for curve in panel.curves:
+            rows.append(_robustness_row(panel, curve, numbers[len(rows)], family[len(rows)]))
     spans = {task_name(p.task): "–".join(map(number, p.span)) if p.span else "none in common" for p in group}
     caption = (
         f"Scores on {group[0].split}, in percent, of the checkpoint that is best on validation; the best rate is the "
-        f"one with the highest mean validation score. Tolerated: decades of learning rate around it within 1 point of "
-        f"its score; ≥ where the grid ends first. Worst drop: from the best to the lowest mean score. Sensitivity: "
-        f"expected shortfall from the best over log-uniform rates, in points, floored at guessing ({_floors(group)}), "
-        f"after Wortsman et al. 2023. Range of factors for both: {_by_task(spans)}. Diverged trials, and those whose "
-        f"metric is not defined, count as guessing. Brackets: 95 % bootstrap intervals over seeds, the rate chosen "
-        f"anew in each draw."
+        f"one with {_selection(group)}. Tolerated: decades of learning rate around it within 1 point of "
+        f"its score; ≥ where the grid ends first. Worst drop: from the best to the lowest mean score. Being a maximum "
+        f"it is above zero for flat curves too: one with this noise and no effect of the rate exceeds the drop under "
+        f"“flat” in 5 % of cases. p: of the worst drop, from {statistics.SHUFFLES:,} shuffles of each seed's trials "
+        f"among the rates; corrected after Holm for the {_tested(family)} drops of this table, among which one is "
+        f"called shown below {_alpha()}. Sensitivity: expected shortfall from the best over log-uniform rates, in "
+        f"points, floored at guessing ({_floors(group)}), after Wortsman et al. 2023. Range of factors for both: "
+        f"{_by_task(spans)}. Diverged trials, and those whose metric is not defined, count as guessing. Brackets: 95 % "
+        f"bootstrap intervals over seeds{_anew(group)}."
     )
     columns = ["task", "method", "trials", "diverged", "factors", "best score", "best factor", "best lr"]
-    columns += ["tolerated decades", "worst drop", "sensitivity"]
+    columns += ["tolerated decades", "worst drop", "flat", "p", "p (Holm)", "shown", "sensitivity"]
     return _table("robustness", group, "Robustness to the learning rate", caption, columns, rows=rows, rules=rules[1:])
 
 
-def _robustness_row(panel: Panel, curve: Curve) -> list[Cell]:
+def _robustness_row(panel: Panel, curve: Curve, numbers: Robustness, corrected: float) -> list[Cell]:
     lowest, highest, count = float(curve.factors_F[0]), float(curve.factors_F[-1]), len(curve.factors_F)
     factor, rate = float(curve.factors_F[curve.best]), float(curve.rates_F[curve.best])
     edge = " (edge of the grid)" if curve.best_is_on_edge else ""
     diverged = sum(trial.diverged for trial in curve.trials.values())
-    numbers = statistics.robustness(curve, panel.span, panel.floor)
     return [
         Cell(task_name(panel.task)),
         Cell(curve.label),
@@ -304,8 +313,35 @@ def _robustness_row(panel: Panel, curve: Curve) -> list[Cell]:
         Cell(number(rate), {"": rate}),
         interval(numbers.tolerated, scale=1, form=".2f"),
         interval(numbers.drop),
+        interval(Estimate(numbers.flat)),
+        _p(numbers.p),
+        _p(corrected),
+        EMPTY if math.isnan(corrected) else Cell("a drop" if corrected < 1 - statistics.LEVEL else "no drop shown"),
         interval(numbers.sensitivity, form=".2f"),
     ]
+
+
+def _p(value: float) -> Cell:
+    return EMPTY if math.isnan(value) else Cell(f"{value:.3f}" if value >= 0.001 else "<0.001", {"": value})
+
+
+def _tested(p: Sequence[float]) -> int:
+    return sum(not math.isnan(value) for value in p)
+
+
+def _alpha() -> str:
+    return f"{1 - statistics.LEVEL:.2g}"
+
+
+def _selection(group: Sequence[Panel]) -> str:
+    """How the best rate is chosen, as it stands behind "the rate with"."""
+    if group[0].select == "first-seed":
+        return "the highest validation score of the lowest seed alone, as in the paper"
+    return "the highest mean validation score"
+
+
+def _anew(group: Sequence[Panel]) -> str:
+    return "" if group[0].select == "first-seed" else ", the rate chosen anew in each draw"
 
 
 # --- Scores in more detail
@@ -350,24 +386,32 @@ def _median_row(task: str, label: str, scores: Sequence[np.ndarray]) -> list[Cel
 
 
 def _comparisons(group: Sequence[Panel]) -> Table:
+    compared = statistics.compare(group)
     rows: list[list[Cell]] = []
     rules: list[int] = []
     for panel in group:
         rules.append(len(rows))
-        for c in statistics.compare(panel):
-            names = [task_name(panel.task), c.what, c.first, c.second]
-            p = EMPTY if math.isnan(c.p) else Cell(f"{c.p:.3f}" if c.p >= 0.001 else "<0.001", {"": c.p})
+        for c in compared:
+            if c.task != panel.task:
+                continue
             more = "more sensitive" if c.what == "sensitivity" else "higher"
             shown = Cell(f"{c.higher} is {more}" if c.higher else "no difference shown")
-            difference = interval(c.difference, form="+.2f")
-            rows.append([*map(Cell, names), difference, p, Cell(str(c.n), {"": c.n}), shown])
+            names = [task_name(panel.task), c.what, c.first, c.second]
+            difference, n = interval(c.difference, form="+.2f"), Cell(str(c.n), {"": c.n})
+            rows.append([*map(Cell, names), difference, _p(c.p), _p(c.corrected), n, shown])
+    families = [f"{_tested([c.p for c in compared if c.what == w])} of {w}" for w in {c.what: None for c in compared}]
     caption = (
         f"Pairs share the seed, and with it split, data order and head. Score on {group[0].split} at each method's "
         f"best rate; sensitivity as in the table of robustness; both in points. Brackets: Student's 95 % interval of "
-        f"the paired difference, p of the paired t-test. A difference is called shown only where the interval "
-        f"excludes zero. {len(rows)} comparisons, not corrected for their number."
+        f"the paired difference, for this pair alone; p of the paired t-test. All comparisons of one number in this "
+        f"table are a family ({', '.join(families)}), for which p is corrected after Holm; a difference is called "
+        f"shown only where the corrected p is below {_alpha()}."
     )
-    columns = ["task", "of", "first", "second", "first − second", "p", "n", "shown"]
+    if any(len(panel.curves) > statistics.ALL_PAIRS for panel in group):
+        caption += (
+            f" Of more than {statistics.ALL_PAIRS} methods each is compared with the one that is best on validation."
+        )
+    columns = ["task", "of", "first", "second", "first − second", "p", "p (Holm)", "n", "shown"]
     rules = sorted({*rules[1:]} - {0, len(rows)})
     return _table("comparisons", group, "Paired comparisons", caption, columns, rows=rows, rules=rules)
 
@@ -380,17 +424,13 @@ def notes(found: Collection, panels: Sequence[Panel]) -> list[str]:
     reasons = defaultdict(list)
     for path, reason in found.left_out:
         reasons[reason].append(str(path))
-    said = [
-        f"left out: {', '.join(paths[:3])}{f' and {len(paths) - 3} more' if len(paths) > 3 else ''}: {reason}"
-        for reason, paths in reasons.items()
-    ]
+    said = []
+    for reason, paths in reasons.items():
+        more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+        said.append(printable(f"left out: {', '.join(paths[:3])}{more}: {reason}"))
     for panel in panels:
         where = f"{task_name(panel.task)}, {panel.model}"
         said += [f"{where}: {note}" for curve in (*panel.curves, *panel.heads) for note in _doubts(curve)]
-        for what in ("data", "weights"):
-            hashes = {dict(trial.result["made_by"][what]).get("sha256") for trial in panel.trials}  # type: ignore[literal-required]
-            if len(hashes) > 1:
-                said.append(f"{where}: not all trials had the same {what} (their hashes differ)")
         for key, values in _differing(panel).items():
             said.append(f"{where}: methods differ in {key}: {values}")
     return said
@@ -547,7 +587,9 @@ FORMS: dict[str, tuple[str, Callable[[Table], str]]] = {
 def write(tables: Sequence[Table], folder: Path) -> list[Path]:
     """Writes tables.md and tables.tex with all tables, and a CSV for each; returns the files."""
     texts = {f"tables.{suffix}": "\n".join(map(form, tables)) for suffix, form in (FORMS["markdown"], FORMS["latex"])}
-    texts |= {f"{table.name}.csv": to_csv(table) for table in tables}
+    for table in tables:
+        again = sum(other.name == table.name for other in tables[: tables.index(table)])  # of another's, spelled alike
+        texts[f"{table.name}{f'-{again + 1}' if again else ''}.csv"] = to_csv(table)
     for name, text in texts.items():
         (folder / name).write_text(text, encoding="utf-8")
     return [folder / name for name in texts]

@@ -3,16 +3,17 @@
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from delora import results
 from delora.config import NOT_THE_TRIAL, look_up, show
 from delora.encoders import matches
 from delora.errors import UserError
 from delora.tasks import TASKS
+from delora.terminal import printable
 
 NAMES = {
     "lora": "LoRA",
@@ -44,7 +45,9 @@ class Trial:
     """One trial that is done or diverged.
 
     Attributes:
-        task, model, protocol, data: what trials must share to be drawn in one panel.
+        result: its texts as `printable` has them: names, tables and pages show nothing raw.
+        task, model, protocol, data: what trials must share to be drawn in one panel. Encoders and data that are not
+            the same to the byte have different names.
         label: the method with what tells it from its neighbours, "DeLoRA (zero)".
         factor: how many times the method's base rate it was trained at, lr / method.base_lr × lr_factor.
         rate: the learning rate that the factor acts on: λ's own, where it acts on λ alone.
@@ -72,6 +75,11 @@ class Trial:
     @property
     def config(self) -> dict[str, Any]:
         return self.result["config"]
+
+    @property
+    def synthetic(self) -> bool:
+        """Whether its data were generated."""
+        return self.config["data"]["name"] == "synthetic"
 
     @property
     def place(self) -> tuple[str, str, str, str]:
@@ -131,6 +139,9 @@ def read(folders: Sequence[Path], layer: str | None = None) -> Collection:
         raise UserError(f"no finished trial in {', '.join(map(str, folders))}{''.join(reasons)}")
     if layer and not any(matches(layer, name) for name in names):
         raise UserError(f"--layer {layer}: no adapted layer is named so. The layers: {', '.join(sorted(names))}")
+    _tell_apart(made.trials, "weights", "model")
+    for task in {trial.task for trial in made.trials}:
+        _tell_apart([trial for trial in made.trials if trial.task == task], "data", "data")
     _name(made.trials)
     _leave_out_repeats(made)
     return made
@@ -138,7 +149,8 @@ def read(folders: Sequence[Path], layer: str | None = None) -> Collection:
 
 def _trial(stored: results.StoredTrial, evaluations: Sequence[results.Evaluation], layer: str | None) -> Trial:
     """Raises ValueError, KeyError, TypeError or AttributeError for a config that is not of delora-run."""
-    result, config = stored.result, stored.result["config"]
+    result: results.Result = _printable(stored.result)
+    config = result["config"]
     task, headline, protocol = _get(config, "task.name", str), result["headline"], _get(config, "protocol.name", str)
     if task not in TASKS or headline != TASKS[task].headline:
         raise ValueError(f"task {task!r} scored by {headline!r} is not known")
@@ -186,6 +198,15 @@ def _trial(stored: results.StoredTrial, evaluations: Sequence[results.Evaluation
     )
 
 
+def _printable(value: Any) -> Any:
+    """The value with every text in it as `printable` has it."""
+    if isinstance(value, str):
+        return printable(value)
+    if isinstance(value, dict):
+        return {printable(key): _printable(item) for key, item in value.items()}
+    return [_printable(item) for item in value] if isinstance(value, list) else value
+
+
 def _get(config: Mapping[str, Any], key: str, kind: type) -> Any:
     """A value by its dotted key."""
     value = look_up(config, key)
@@ -207,11 +228,46 @@ def _round(rate: float) -> float:
 
 
 def _over_layers(values: Mapping[str, float | None], layer: str | None) -> float:
-    chosen = [_number(value) for name, value in values.items() if layer is None or matches(layer, name)]
-    return sum(chosen) / len(chosen) if chosen else math.nan
+    chosen = values.values() if layer is None else [v for name, v in values.items() if matches(layer, name)]
+    return sum(map(_number, chosen)) / len(chosen) if chosen else math.nan
 
 
 # --- Names
+
+
+def _tell_apart(trials: Sequence[Trial], origin: Literal["weights", "data"], name: Literal["model", "data"]) -> None:
+    """Gives the same name to the same encoder or data and different names to different ones.
+
+    What they are is told by the hash of their content; where there is none, as of an encoder with random weights, by
+    source and config. Of several with one name each is called after its source, else its hash, else its config.
+    """
+    same: dict[str, list[Trial]] = defaultdict(list)
+    for trial in trials:
+        made_of = trial.result["made_by"][origin]
+        same[made_of["sha256"] or show([made_of["source"], trial.config[name]])].append(trial)
+    named: dict[str, list[list[Trial]]] = defaultdict(list)
+    for group in same.values():
+        named[getattr(group[0], name)].append(group)
+    for shared_name, groups in named.items():
+        firsts = [group[0] for group in groups]
+        for group, more in zip(groups, _what_differs(firsts, origin, name), strict=True):
+            for trial in group:
+                setattr(trial, name, f"{shared_name} ({more})" if len(groups) > 1 else shared_name)
+
+
+def _what_differs(firsts: Sequence[Trial], origin: Literal["weights", "data"], name: str) -> list[str]:
+    """For each trial a text that tells its encoder or data from the others'."""
+    made_of = [trial.result["made_by"][origin] for trial in firsts]
+    configs = [results.flatten(trial.config[name]) for trial in firsts]
+    keys = [key for key in dict.fromkeys(itertools.chain(*configs)) if len({show(c.get(key)) for c in configs}) > 1]
+    ways: list[Callable[[int], str]] = [
+        lambda i: Path(made_of[i]["source"]).name,
+        lambda i: made_of[i]["source"],
+        lambda i: (made_of[i]["sha256"] or "")[:8],
+        lambda i: ", ".join(f"{key.rpartition('.')[2]} {show(configs[i].get(key, 'unset'))}" for key in keys),
+    ]
+    texts = [[way(i) for i in range(len(firsts))] for way in ways]
+    return next((said for said in texts if all(said) and len({*said}) == len(said)), texts[-1])
 
 
 def _label(config: Mapping[str, Any], factor_on: str) -> str:
