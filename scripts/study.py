@@ -283,18 +283,21 @@ def read_csv(path: Path) -> Iterator[dict[str, Any]]:
 def report(folder: Path) -> None:
     """Draws pictures and tables of each report into folder/REPORT, from the CSV files in `folder`."""
     with tempfile.TemporaryDirectory() as root:
-        for sweep, result, evaluations in restore(folder):
-            for name in REPORTS:
-                if belongs(sweep, result["config"], name):
-                    write_trial(Path(root, name, result["id"]), result, evaluations)
-        for name in REPORTS:
-            if not Path(root, name).is_dir():
-                continue
-            panels = statistics.panels(trials.read([Path(root, name)]).trials)
+        for name, panels in panels_of(folder, Path(root)).items():
             (folder / name).mkdir(exist_ok=True)
             written = curves.draw(panels, folder / name, formats=("png", "svg"))
             written += tables.write(tables.all_tables(panels), folder / name)
             print(*written, sep="\n")
+
+
+def panels_of(source: Path, root: Path) -> dict[str, list[statistics.Panel]]:
+    """What each report shows, from the CSV files in `source`; the trials' folders are written to root/REPORT."""
+    for sweep, result, evaluations in restore(source):
+        for name in REPORTS:
+            if belongs(sweep, result["config"], name):
+                write_trial(root / name / result["id"], result, evaluations)
+    drawn = [name for name in REPORTS if (root / name).is_dir()]
+    return {name: statistics.panels(trials.read([root / name]).trials) for name in drawn}
 
 
 if __name__ == "__main__":
