@@ -82,7 +82,7 @@ def run_fleet(
             "compiled": compiled,
             "recorded": fleet.recorded,
         },
-        data={"source": dataset.source, "sha256": dataset.sha256},
+        data={"source": dataset.source, "sha256": dataset.sha256, "published": dataset.published},
         weights={"source": encoder.source, "sha256": encoder.sha256},
     )
     origin = {"data": dataset.sha256, "weights": encoder.sha256, "precision": config.precision}

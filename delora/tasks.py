@@ -18,6 +18,8 @@ class Task:
         text: the text columns on the hub, in the order the tokenizer gets them.
         labels: the label names in the order of their ids, or None where the label is a score from 0 to 5.
         rows: the number of rows of each split, by the hub's name of the split.
+        sha256: the hash of each split's published rows, as `delora.data.hash_of` gives it, computed from GLUE's own
+            files. It is not known of the tasks whose files were not at hand.
         tsv_text, tsv_label: the columns of text and label in the TSV files: names, or positions if there is no header.
         tsv_label_names: whether the files hold label names; otherwise they hold ids or scores.
         empty_text: whether published rows may hold an empty text (two of QQP's do; MNLI's rows were not all seen).
@@ -34,6 +36,7 @@ class Task:
     rows: Mapping[str, int] = field(hash=False)
     tsv_text: tuple[str, ...] | tuple[int, ...]
     tsv_label: str | int
+    sha256: Mapping[str, str] = field(default_factory=dict, hash=False)
     tsv_label_names: bool = False
     empty_text: bool = False
     metrics: tuple[str, ...] = ("accuracy",)
@@ -62,6 +65,10 @@ TASKS: dict[str, Task] = {
             text=("sentence",),
             labels=("unacceptable", "acceptable"),
             rows={"train": 8_551, "validation": 1_043},
+            sha256={
+                "train": "08d057daa741692ec647622e854205865f036bb938286d5b832ee6d380dd8063",
+                "validation": "b22d1ba7b4c7209a6bbe6fced88ed942c02852fff26bb5c8927353999625a3c8",
+            },
             tsv_text=(3,),
             tsv_label=1,
             metrics=("matthews",),
@@ -74,6 +81,10 @@ TASKS: dict[str, Task] = {
             text=("sentence",),
             labels=("negative", "positive"),
             rows={"train": 67_349, "validation": 872},
+            sha256={
+                "train": "8c6357e935ec1c40746d39d4dbeb73b833f40dccfbd3195d8e69d29e0de1df79",
+                "validation": "27bfc3ffbe5c438e3340b562042cb755cfc8e25d5a8da1030bd24f6d6ce49c47",
+            },
             tsv_text=("sentence",),
             tsv_label="label",
         ),
@@ -83,6 +94,10 @@ TASKS: dict[str, Task] = {
             text=PAIR,
             labels=("not_equivalent", "equivalent"),
             rows={"train": 3_668, "validation": 408},
+            sha256={
+                "train": "8cdceba6382620518aa2ff2db14de60c4d3a8845a1b93fa794315a5eb6bb0d5d",
+                "validation": "9636de648e1a9c2dc13acba533cf43a631430c09893f291d309500ea08155de7",
+            },
             tsv_text=("#1 String", "#2 String"),
             tsv_label="Quality",
             metrics=("accuracy", "f1"),
@@ -93,6 +108,10 @@ TASKS: dict[str, Task] = {
             text=PAIR,
             labels=None,
             rows={"train": 5_749, "validation": 1_500},
+            sha256={
+                "train": "6bffbf9c016bace6aa0d4c32b22e835091c944173719b1f18e8dfafd1a5571c5",
+                "validation": "eb36a24fae594d13849d41dbb332580c13369db2c17d9364f85e6ff1ae4f0238",
+            },
             tsv_text=PAIR,
             tsv_label="score",
             metrics=("pearson", "spearman", "pearson_spearman"),
@@ -139,6 +158,10 @@ TASKS: dict[str, Task] = {
             text=PAIR,
             labels=("entailment", "not_entailment"),
             rows={"train": 2_490, "validation": 277},
+            sha256={
+                "train": "cd2bd103773c87273e3bb53f32c00c0162da347e62830d3f92808e9946ac3d41",
+                "validation": "fb32fbc8bde2c0a25deb685dd4f68a60af0cdfe27336078c637e9f91a49a93c2",
+            },
             tsv_text=PAIR,
             tsv_label="label",
             tsv_label_names=True,

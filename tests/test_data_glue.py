@@ -19,7 +19,7 @@ import pytest
 from huggingface_hub import constants
 from small_hub import fresh, serve
 
-from delora.data import Rows, _content_hash, glue, hub, load, missing
+from delora.data import Rows, glue, hash_of, hub, load, missing
 from delora.errors import UserError
 from delora.tasks import TASKS, Task
 
@@ -58,7 +58,7 @@ ROWS = {
 
 
 def small(name: str, rows: int = 4) -> Task:
-    return replace(TASKS[name], rows=dict.fromkeys(TASKS[name].rows, rows))
+    return replace(TASKS[name], rows=dict.fromkeys(TASKS[name].rows, rows), sha256={})
 
 
 def lines(name: str, rows: int = 4) -> list[str]:
@@ -115,7 +115,7 @@ def fault(task: Task, root: Path) -> str:
 def test_real_files_give_the_hubs_rows(shared, name):
     task = TASKS[name]
     dataset = load(task, dir=str(shared / "glue"))
-    assert dataset.source == "files"
+    assert dataset.source == "files" and dataset.published is True
     for split in task.rows:
         assert pairs(dataset.splits[split]) == as_hub(shared / "glue" / task.folder / task.file(split), task)
         assert dataset.splits[split].labels.dtype == (np.int64 if task.labels else np.float64)
@@ -305,12 +305,40 @@ def test_synthetic_rows_are_named_as_such():
 
 def test_the_hash_tells_rows_apart():
     def digest(texts, labels=(0, 1)):
-        return _content_hash(TASKS["rte"], {"train": Rows(texts, np.array(labels))})
+        return hash_of(TASKS["rte"], {"train": Rows(texts, np.array(labels))})
 
     rows = [("ab", "c"), ("d", "e")]
     others = [[("a", "bc"), ("d", "e")], [("ab", "c"), ("d", "f")], rows[::-1]]
     assert digest(rows) == digest(list(rows))
     assert len({digest(rows), digest(rows, (1, 0)), *map(digest, others)}) == 5
+
+
+@pytest.mark.parametrize("what", ["CSV quoting", "another order", "one label", "one letter of dev"])
+def test_rows_that_are_as_many_as_glues_but_others_are_refused(shared, tmp_path, what):
+    task = TASKS["rte"]
+    (tmp_path / "RTE").mkdir()
+    for name in ("train.tsv", "dev.tsv"):
+        header, *rows = (line.split("\t") for line in (shared / "glue" / "RTE" / name).read_text().splitlines())
+        if what == "CSV quoting":
+            rows = [[f'"{f.replace(chr(34), 2 * chr(34))}"' if '"' in f else f for f in row] for row in rows]
+        if what == "another order" and name == "train.tsv":
+            rows = rows[::-1]
+        if what == "one label" and name == "train.tsv":
+            rows[7][3] = next(label for label in task.labels if label != rows[7][3])
+        if what == "one letter of dev" and name == "dev.tsv":
+            rows[3][1] = rows[3][1][:-1]
+        (tmp_path / "RTE" / name).write_text("".join("\t".join(row) + "\n" for row in (header, *rows)))
+    message = fault(task, tmp_path)
+    changed = "texts or labels were changed, or stand in another order"
+    assert ("rewritten with CSV quoting" if what == "CSV quoting" else changed) in message
+    assert ("rte train: " in message) == (what != "one letter of dev")
+    assert ("rte validation: " in message) == (what not in ("another order", "one label"))
+
+
+def test_where_the_published_rows_are_not_known_that_is_said(tmp_path):
+    assert {name for name, task in TASKS.items() if not task.sha256} == {"qqp", "mnli", "qnli", "wnli"}
+    assert load(TASKS["wnli"], dir=str(write(tmp_path, TASKS["wnli"]))).published is None
+    assert load(TASKS["rte"], source="synthetic", rows={"train": 4, "validation": 4}).published is False
 
 
 # ------------------------------------------------------------------------------------------------ cache and hub

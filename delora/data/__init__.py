@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from delora.errors import UserError
 from delora.tasks import Task
 
 
@@ -34,12 +35,14 @@ class Dataset:
     Attributes:
         source: "files", "cache", "hub" or "synthetic".
         sha256: a hash of all rows in order; the same rows have the same hash from every source.
+        published: whether the rows are GLUE's published ones by their hash; None where that is not known.
     """
 
     task: Task
     splits: dict[str, Rows]
     source: str
     sha256: str
+    published: bool | None
 
 
 def load(
@@ -89,10 +92,34 @@ def missing(task: Task, *, source: str = "auto", dir: str | None = None) -> str 
 
 def _dataset(task: Task, splits: dict[str, Rows], source: str) -> Dataset:
     splits = {"validation" if name == "validation_matched" else name: rows for name, rows in splits.items()}
-    return Dataset(task, splits, source, _content_hash(task, splits))
+    published: bool | None = False
+    if source != "synthetic":
+        _refuse_changed(task, splits)
+        published = True if task.sha256 else None
+    return Dataset(task, splits, source, hash_of(task, splits), published)
 
 
-def _content_hash(task: Task, splits: Mapping[str, Rows]) -> str:
+def _refuse_changed(task: Task, splits: Mapping[str, Rows]) -> None:
+    """Refuses rows that are as many as GLUE's, but are not GLUE's.
+
+    Raises:
+        UserError: the hash of a split is not that of the published rows.
+    """
+    faults = []
+    for name, published in task.sha256.items():
+        found = hash_of(task, {name: splits[name]})
+        if found != published:
+            quoted = sum('""' in text for row in splits[name].texts for text in row)  # no published text holds that
+            why = "texts or labels were changed, or stand in another order"
+            if quoted:
+                why = f'{quoted:,} texts hold "", as in a file that was rewritten with CSV quoting'
+            faults.append(f"{task.name} {name}: sha256 {found}, published {published}: {why}")
+    if faults:
+        raise UserError("\n".join([f"the data of {task.name} are as many rows as GLUE's, but other ones:", *faults]))
+
+
+def hash_of(task: Task, splits: Mapping[str, Rows]) -> str:
+    """The sha256 of rows, in order, by split."""
     digest = hashlib.sha256(task.name.encode())
     for name, rows in sorted(splits.items()):
         texts = [text.encode() for row in rows.texts for text in row]

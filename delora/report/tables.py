@@ -428,6 +428,11 @@ def notes(found: Collection, panels: Sequence[Panel]) -> list[str]:
     for reason, paths in reasons.items():
         more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
         said.append(printable(f"left out: {', '.join(paths[:3])}{more}: {reason}"))
+    origins = [(trial.task, trial.result["made_by"]["data"]) for trial in found.trials]
+    unknown = {task: None for task, data in origins if data.get("published", True) is None}
+    if unknown:
+        named = ", ".join(map(task_name, unknown))
+        said.append(f"{named}: rows that are as many as GLUE's; the hash of the published ones is not known")
     for panel in panels:
         where = f"{task_name(panel.task)}, {panel.model}"
         said += [f"{where}: {note}" for curve in (*panel.curves, *panel.heads) for note in _doubts(curve)]

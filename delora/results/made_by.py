@@ -10,12 +10,14 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
-from delora.results.schema import MadeBy, Origin
+from delora.results.schema import DataOrigin, MadeBy, Origin
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "safetensors", "hydra-core")
 
 
-def provenance(*, device: str, precision: str, determinism: Mapping[str, Any], data: Origin, weights: Origin) -> MadeBy:
+def provenance(
+    *, device: str, precision: str, determinism: Mapping[str, Any], data: DataOrigin, weights: Origin
+) -> MadeBy:
     """What made a result: versions, commit, hardware and inputs; neither user, host nor paths.
 
     Args:

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Collection, Mapping
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, cast
 
 from typing_extensions import TypedDict
 
@@ -52,6 +52,12 @@ class Origin(TypedDict):
     sha256: str | None
 
 
+class DataOrigin(Origin):
+    """`published`: whether the rows are GLUE's published ones, null where that is not known; absent in old results."""
+
+    published: NotRequired[bool | None]
+
+
 class MadeBy(TypedDict):
     """What made a result, as `provenance` tells. `commit` ends with -dirty for an edited checkout."""
 
@@ -63,7 +69,7 @@ class MadeBy(TypedDict):
     device: str
     cpu: str
     precision: str
-    data: Origin
+    data: DataOrigin
     weights: Origin
 
 
