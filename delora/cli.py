@@ -2,13 +2,17 @@
 
 import logging
 import os
+import platform
 import re
 import signal
 import sys
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from delora import __version__, terminal
 from delora.errors import UserError
 
 if TYPE_CHECKING:
@@ -40,6 +44,7 @@ Keys
 Flags
   --cfg job         print the config and stop; with --resolve, values instead of references
   -m, --multirun    run all combinations of values with commas between them
+  --version         the versions of delora and of what it stands on
   --hydra-help      Hydra's other flags
 
 Exit status
@@ -56,8 +61,21 @@ def conf_folder() -> Path:
 
 def main() -> int:
     """Runs the command; returns its exit status."""
+    terminal.prepare()
+    try:
+        status = _run()
+        sys.stdout.flush()
+        return status
+    except OSError as error:  # of standard output, as on a full disk
+        return _tell(error)
+
+
+def _run() -> int:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(_help(), end="")
+        return 0
+    if "--version" in sys.argv[1:]:
+        print(_versions())
         return 0
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as under nohup
         signal.signal(signal.SIGINT, _leave)
@@ -83,7 +101,7 @@ def _leave(*_: object) -> None:
 
 def _tell(error: UserError | OSError) -> int:
     """Prints an error for people; returns its exit status."""
-    print(f"delora-run: error: {error}", file=sys.stderr)
+    print(f"delora-run: error: {terminal.printable(str(error))}", file=sys.stderr)
     return getattr(error, "status", FAILED)
 
 
@@ -109,8 +127,12 @@ def _start() -> None:
         raise UserError("only one of --run, --multirun, --cfg, --info and --shell-completion can be given")
     if flags.resolve and not flags.cfg:
         raise UserError("--resolve needs --cfg job")
+    if flags.package and not flags.cfg:
+        raise UserError("--package needs --cfg job")
+    if flags.experimental_rerun:
+        raise UserError("--experimental-rerun: runs are not pickled; the same command again goes on")
     try:
-        if not (flags.shell_completion or flags.hydra_help or flags.experimental_rerun or flags.config_path):
+        if not (flags.shell_completion or flags.hydra_help or flags.config_path):
             overrides.check(
                 flags.overrides,
                 conf_folder(),
@@ -120,7 +142,27 @@ def _start() -> None:
             )
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(job)()
     except HydraException as error:
-        raise UserError(str(error)) from error
+        raise UserError(_with_cause(error)) from error
+    except SystemExit as end:
+        if flags.cfg and end.code:  # what Hydra has said
+            raise SystemExit(UserError.status) from None
+        raise
+    except Exception as error:
+        if not _is_hydras(error):
+            raise
+        raise UserError(f"Hydra cannot run this command: {_with_cause(error)}") from error
+
+
+def _with_cause(error: BaseException) -> str:
+    """The message of an exception and of what it was raised from, where that says more."""
+    cause = error.__cause__ and str(error.__cause__).strip().split("\n")[0]
+    return f"{error}: {cause}" if cause and "\n" not in str(error) else str(error)
+
+
+def _is_hydras(error: Exception) -> bool:
+    """Whether Hydra itself stumbled, over a flag or a file of configs that it does not check."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_globals.get("__name__", "").partition(".")[0] in ("hydra", "omegaconf", "yaml", "antlr4")
 
 
 def job(config: "DictConfig") -> float | None:
@@ -200,6 +242,9 @@ class ToStandardError(logging.StreamHandler):
 
     stream = property(lambda self: sys.stderr, lambda self, _: None)
 
+    def format(self, record: logging.LogRecord) -> str:
+        return terminal.printable(super().format(record))
+
 
 def _headline(result: "Result | None") -> float | None:
     if result is None:
@@ -209,7 +254,12 @@ def _headline(result: "Result | None") -> float | None:
     return LOWEST if score is None else score
 
 
-# --- Help, from the files of conf/
+# --- Versions, and help from the files of conf/
+
+
+def _versions() -> str:
+    others = [f"{name} {metadata.version(name)}" for name in ("torch", "transformers", "hydra-core")]
+    return f"delora {__version__} ({', '.join(others)}, Python {platform.python_version()})"
 
 
 def _help() -> str:

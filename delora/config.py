@@ -12,11 +12,11 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from delora.encoders import Shape, families
@@ -34,6 +34,9 @@ PER_TRIAL = (
     *("method.base_lr", "method.weight_decay", "method.dropout"),
     *("method.alpha", "method.lambda_init", "method.lambda_lr"),
 )
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,22 @@ def _target(path: str) -> str:
     return path
 
 
+def _path(text: str) -> str:
+    if "\0" in text:
+        raise ValueError("a path holds no NUL character")
+    try:
+        Path(text).expanduser()
+    except RuntimeError:
+        raise ValueError("there is no home folder of that user") from None
+    return text
+
+
+def _given(value: Any) -> Any:
+    if value is None:
+        raise ValueError("expected a value; the method cannot do without")
+    return value
+
+
 # Upper bounds keep out what no machine has, as a value with some zeros too many.
 Whole = Annotated[int, Field(ge=1, le=10**9)]
 Epochs = Annotated[int, Field(ge=1, le=100_000)]
@@ -105,7 +124,9 @@ Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
 Share = Annotated[Number, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[Text, AfterValidator(_path)]
 FolderName = Annotated[str, AfterValidator(_folder_name)]
+Given = Annotated[T | None, BeforeValidator(_given)]  # None alone where the key is not there
 
 
 class Section(BaseModel):
@@ -131,15 +152,15 @@ class MethodConfig(Section):
     targets: Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
     dropout: Share
 
-    rank: Width | None = None
-    alpha: Positive | None = None
-    train_magnitude: bool | None = None
-    lambda_init: Positive | None = None
-    lambda_lr: NotNegative | None = None
-    init: Literal["residual", "zero"] | None = None
-    scaling: Literal["column", "frobenius", "none"] | None = None
-    side: Literal["in", "out", "both"] | None = None
-    blocks: Width | None = None
+    rank: Given[Width] = None
+    alpha: Given[Positive] = None
+    train_magnitude: Given[bool] = None
+    lambda_init: Given[Positive] = None
+    lambda_lr: Given[NotNegative] = None
+    init: Given[Literal["residual", "zero"]] = None
+    scaling: Given[Literal["column", "frobenius", "none"]] = None
+    side: Given[Literal["in", "out", "both"]] = None
+    blocks: Given[Width] = None
 
     def options(self) -> dict[str, Any]:
         """The method's own options: what its class is built with."""
@@ -151,7 +172,7 @@ class ModelConfig(Section):
     """An encoder: from `source`, a folder or an id on the hub, from an installed `package`, or `random`."""
 
     name: FolderName
-    source: Text | None = None
+    source: PathText | None = None
     revision: Text | None = None
     package: Text | None = None
     random: bool | None = None
@@ -168,7 +189,7 @@ class Rows(Section):
 
 class DataConfig(Section):
     name: Literal["glue", "synthetic"]
-    dir: Text | None = None
+    dir: PathText | None = None
     seed: Annotated[int, Field(ge=0, le=2**32 - 1)] | None = None
     rows: Rows | None = None
 
@@ -213,7 +234,7 @@ class Trial(Section):
     log_every: Whole
     name: FolderName | None
     sweep: FolderName | None
-    output_dir: Text
+    output_dir: PathText
     plan: bool
     resume: Literal["auto", "force"]
     on_error: Literal["continue", "stop", "retry"]
@@ -442,6 +463,7 @@ def _fault(details: ErrorDetails, config: Mapping[str, Any]) -> Fault:
         "bool_type": "expected true or false",
         "string_type": f"expected text; a number needs two kinds of quotes: '{key}=\"{show(value)}\"'",
         "string_too_short": "expected text",
+        "string_unicode": "is not UTF-8",
         "string_pattern_mismatch": "expected 64 hexadecimal digits",
         "tuple_type": "expected a list, such as [query,value]",
         "too_short": "expected a list that is not empty",

@@ -1,6 +1,7 @@
 """The words of a command, KEY=VALUE and GROUP=OPTION, checked against conf/ before anything heavy is loaded.
 
-Hydra stops at the first fault and knows no types; this finds all faults at once. Hydra's own keys pass.
+Hydra stops at the first fault and knows no types; this finds all faults at once. Hydra's own keys pass, all but those
+that would lead a run astray.
 """
 
 import math
@@ -10,6 +11,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import yaml  # type: ignore[import-untyped]
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -18,18 +20,23 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from delora.config import MISSING, ConfigError, Fault, Trial, did_you_mean, expected, nearest
+from delora.config import MISSING, NOT_THE_TRIAL, ConfigError, Fault, Trial, did_you_mean, expected, nearest
 
 MOST_TRIALS = 100_000  # of a sweep
+OURS = ("fleet", "basic")  # sweepers that run all combinations; others look for the best one
+
+# Quoted text and references, which stay as they are, or text without the signs that hold lists and calls together.
+_PIECES = re.compile(r"""'[^']*'|"[^"]*"|\$\{[^}]*\}|[^'"\[\](){},]+""")
+_BARE = re.compile(r"[\w/\\+.$%*@?|:=\s-]*", re.ASCII)  # what Hydra's grammar takes without quotes
 
 
 def tidy(words: Iterable[str]) -> list[str]:
-    """The words as Hydra takes them: flags first, and `+experiment=x` as `experiment=x`.
+    """The words as Hydra takes them: flags first, `+experiment=x` as `experiment=x`, quotes around `~/glue` and `结果`.
 
     The config has each group and key already, so that nothing has to be added to it. Optuna's sweeper, which looks
     for the lowest value where it is not told otherwise, is told that scores are best when high.
     """
-    plain = [re.sub(r"^\+{1,2}(?!hydra[./])", "", word) for word in words]
+    plain = [_quoted(re.sub(r"^\+{1,2}(?!hydra[./])", "", word)) for word in words]
     if "hydra/sweeper=optuna" in plain and not any(word.startswith("hydra.sweeper.direction=") for word in plain):
         plain.append("hydra.sweeper.direction=maximize")
     return sorted(plain, key=lambda word: "=" in word and not word.startswith("-"))
@@ -60,6 +67,20 @@ def check(
         raise ConfigError(faults)
 
 
+def _quoted(word: str) -> str:
+    """The word with quotes around values that hold letters or signs which Hydra's grammar lacks, as paths may."""
+    key, sign, value = word.partition("=")
+    if word.startswith("-") or value.startswith("="):
+        return word
+    return key + sign + _PIECES.sub(lambda found: _quoted_piece(found[0]), value)
+
+
+def _quoted_piece(piece: str) -> str:
+    if piece[0] in "'\"" or piece.startswith("${") or "\\" in piece or _BARE.fullmatch(piece):
+        return piece
+    return f"'{piece}'"
+
+
 class _Command:
     """The overrides of a command, with all that is wrong with them in `faults`."""
 
@@ -67,6 +88,8 @@ class _Command:
         self.faults: list[object] = []
         self._multirun, self._config = multirun, config
         overrides = self._parse(words)
+        self._looks_for_best = any(o.key_or_group == "hydra/sweeper" and o.value() not in OURS for o in overrides)
+        self.faults += [fault for override in overrides if (fault := _astray(override))]
         self._folders = [*folders, *_search_path(overrides)]
         groups = {path.name for folder in self._folders for path in folder.iterdir() if path.is_dir()}
         groups.discard("hydra")
@@ -122,15 +145,30 @@ class _Command:
         """The value, or each value of a sweep."""
         if not override.is_sweep_override():
             return [override.value()]
-        if not self._multirun:
-            message = "several values need -m, which runs each; a list is written [a,b]"
-            self.faults.append(f"{override.input_line}: {message}")
         sweep = override.value()
+        if message := self._not_to_sweep(override.key_or_group, sweep):
+            self.faults.append(f"{override.input_line}: {message}")
         if isinstance(sweep, IntervalSweep):
-            return [sweep.start, sweep.end]
+            return [sweep.start, sweep.end] if self._looks_for_best else []
         if isinstance(sweep, RangeSweep) and _count(override) > MOST_TRIALS:
             return [sweep.start]
-        return [Override._convert_value(value) for value in override.sweep_iterator()]  # type: ignore[arg-type]
+        try:
+            values = [Override._convert_value(value) for value in override.sweep_iterator()]  # type: ignore[arg-type]
+        except (HydraException, ValueError):  # a range of steps of 0
+            values = []
+        if not values:
+            self.faults.append(f"{override.input_line}: holds no value")
+        return values
+
+    def _not_to_sweep(self, key: str, sweep: object) -> str | None:
+        """Why a key cannot have several values."""
+        if not self._multirun:
+            return "several values need -m, which runs each; a list is written [a,b]"
+        if any(key == shared or key.startswith(f"{shared}.") for shared in NOT_THE_TRIAL):
+            return "has one value for all trials: it says where or how they run, not what they are"
+        if isinstance(sweep, IntervalSweep) and not self._looks_for_best:
+            return "an interval needs hydra/sweeper=optuna, which looks for the best; for all values: a,b,c"
+        return None
 
     def _choose(self, override: Override) -> list[str]:
         """The options chosen from a group; for a misspelt one the nearest, to find what else is wrong."""
@@ -155,7 +193,7 @@ class _Command:
                 keys = [key for key in config.method if key not in plain.method]
                 self.faults += [Fault(f"method.{key}", config.method[key], message) for key in keys]
             return config
-        except (HydraException, OmegaConfBaseException) as error:
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
             self.faults.append(": ".join(filter(None, (" ".join(words), str(error)))))
             return None
 
@@ -231,16 +269,40 @@ def _unreadable(word: str) -> str:
     """Why Hydra's grammar has no place for a word."""
     if "=" not in word:
         return "expected KEY=VALUE, such as lr=1e-3"
+    if not re.match(r"[\w./@+~$-]+=", word, re.ASCII):
+        return "no such key"
     if re.search(r"[=,]\s*,|,\s*$", word):
         return "a value is missing beside a comma"
     return "cannot be read as KEY=VALUE; signs and spaces need quotes: 'KEY=\"a = b\"'"
 
 
+def _astray(override: Override) -> object | None:
+    """What is wrong with a word of Hydra's that would end in the midst of it, or lead the run astray."""
+    if override.is_hydra_override() and override.is_sweep_override():
+        return f"{override.input_line}: Hydra's own keys have one value"
+    key, value = override.key_or_group, override.value()
+    if key.startswith("hydra/") and value is None:
+        return Fault(key, value, "expected the name of an option")
+    if key in ("hydra.launcher._target_", "hydra.sweeper._target_"):
+        group = key.removesuffix("._target_").replace(".", "/")
+        return Fault(key, value, f"is chosen by name, as in {group}=basic")
+    if key == "hydra.job.chdir" and value is not False:
+        return Fault(key, value, "runs stay in the folder of the command; results go to output_dir")
+    if key == "hydra.searchpath" and (lost := [path for path in _paths(value) if not path.is_dir()]):
+        return Fault(key, value, f"no such folder: {', '.join(map(str, lost))}")
+    return None
+
+
 def _search_path(overrides: Iterable[Override]) -> list[Path]:
     """The folders that hydra.searchpath adds."""
-    paths = [o.value() for o in overrides if o.key_or_group == "hydra.searchpath"]
-    folders = [Path(str(p).removeprefix("file://")) for path in paths if isinstance(path, list) for p in path]
-    return [folder.absolute() for folder in folders if folder.is_dir()]
+    values = [o.value() for o in overrides if o.key_or_group == "hydra.searchpath"]
+    return [path.absolute() for value in values for path in _paths(value) if path.is_dir()]
+
+
+def _paths(search_path: object) -> list[Path]:
+    """The folders of a search path; it may also name Python packages, pkg://."""
+    paths = map(str, search_path) if isinstance(search_path, list) else ()
+    return [Path(path.removeprefix("file://")) for path in paths if not path.startswith("pkg://")]
 
 
 def _each_once(choices: Mapping[str, list[str]]) -> list[dict[str, str]]:

@@ -40,7 +40,7 @@ M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT or SIGTERM came; what was trained is on disk. `status` is the exit status."""
+    """SIGINT, SIGTERM or SIGHUP came; what was trained is on disk. `status` is the exit status."""
 
     def __init__(self, number: int):
         super().__init__(signal.Signals(number).name)
@@ -208,7 +208,12 @@ def for_trials(task: Task, tokens: Mapping[str, Tokens], trials: Sequence[Trial]
 
 
 class Stop:
-    """Hears SIGINT and SIGTERM. After the first the loop saves its state and ends; the second ends it at once."""
+    """Hears SIGINT, SIGTERM and SIGHUP. After the first the loop saves its state and ends; the second ends it at once.
+
+    What is ignored when the command starts, as under nohup or in the background of a script, stays ignored.
+    """
+
+    SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
     def __init__(self):
         self.number: int | None = None
@@ -216,7 +221,8 @@ class Stop:
     def __enter__(self) -> Self:
         self._before: dict[int, Any] = {}
         if threading.current_thread() is threading.main_thread():  # Python tells no other thread
-            self._before = {n: signal.signal(n, self._hear) for n in (signal.SIGINT, signal.SIGTERM)}
+            heard = [n for n in self.SIGNALS if signal.getsignal(n) not in (signal.SIG_IGN, None)]
+            self._before = {n: signal.signal(n, self._hear) for n in heard}
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
