@@ -131,38 +131,40 @@ def _start() -> None:
         raise UserError("--package needs --cfg job")
     if flags.experimental_rerun:
         raise UserError("--experimental-rerun: runs are not pickled; the same command again goes on")
+    if not (flags.shell_completion or flags.hydra_help or flags.config_path):
+        overrides.check(
+            flags.overrides,
+            conf_folder(),
+            multirun=flags.multirun or "hydra.mode=MULTIRUN" in flags.overrides,
+            config=flags.config_name or "config",
+            more=Path(flags.config_dir) if flags.config_dir else None,
+        )
     try:
-        if not (flags.shell_completion or flags.hydra_help or flags.config_path):
-            overrides.check(
-                flags.overrides,
-                conf_folder(),
-                multirun=flags.multirun or "hydra.mode=MULTIRUN" in flags.overrides,
-                config=flags.config_name or "config",
-                more=Path(flags.config_dir) if flags.config_dir else None,
-            )
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(job)()
-    except HydraException as error:
-        raise UserError(_with_cause(error)) from error
+    except (UserError, OSError):
+        raise
     except SystemExit as end:
-        if flags.cfg and end.code:  # what Hydra has said
+        if flags.cfg and end.code:  # Hydra has said why
             raise SystemExit(UserError.status) from None
         raise
     except Exception as error:
-        if not _is_hydras(error):
-            raise
-        raise UserError(f"Hydra cannot run this command: {_with_cause(error)}") from error
+        if isinstance(error, HydraException) or not _is_a_job_s(error):
+            raise UserError(_with_cause(error)) from error
+        raise
+
+
+def _is_a_job_s(error: Exception) -> bool:
+    """Whether a job raised it, here or elsewhere; else Hydra or a plugin stumbled over its words and files."""
+    from hydra.core.utils import JobReturn
+
+    of_jobs = {train.__code__, JobReturn.return_value.fget.__code__}  # type: ignore[attr-defined]
+    return any(frame.f_code in of_jobs for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def _with_cause(error: BaseException) -> str:
     """The message of an exception and of what it was raised from, where that says more."""
     cause = error.__cause__ and str(error.__cause__).strip().split("\n")[0]
     return f"{error}: {cause}" if cause and "\n" not in str(error) else str(error)
-
-
-def _is_hydras(error: Exception) -> bool:
-    """Whether Hydra itself stumbled, over a flag or a file of configs that it does not check."""
-    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return frame.f_globals.get("__name__", "").partition(".")[0] in ("hydra", "omegaconf", "yaml", "antlr4")
 
 
 def job(config: "DictConfig") -> float | None:

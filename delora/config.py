@@ -267,7 +267,8 @@ class Trial(Section):
             trial = cls.model_validate(plain)
         except ValidationError as error:
             known = {fault.key for fault in faults}
-            found = [_fault(details, plain) for details in error.errors(include_url=False)]
+            told = [details for details in error.errors(include_url=False) if not _is_echo(details)]
+            found = [_fault(details, plain) for details in told]
             faults += [fault for fault in found if fault.key not in known]
         faults += _misfits(_Valid(plain, faults))
         return (None, _without_echoes(faults, config)) if faults else (trial, [])
@@ -437,6 +438,11 @@ def _without_echoes(faults: list[Fault], config: DictConfig | Mapping[str, Any])
     return [fault for fault in faults if fault in own or (repr(fault.value), fault.message) not in told]
 
 
+def _is_echo(details: ErrorDetails) -> bool:
+    """Whether a list is called too short for want of elements that are at fault themselves."""
+    return details["type"] == "too_short" and len(details["input"]) > 0
+
+
 def _fault(details: ErrorDetails, config: Mapping[str, Any]) -> Fault:
     """pydantic's report in our words."""
     context, kind = details.get("ctx", {}), details["type"]
@@ -461,7 +467,7 @@ def _fault(details: ErrorDetails, config: Mapping[str, Any]) -> Fault:
         "float_type": "expected a number",
         "finite_number": "expected a finite number",
         "bool_type": "expected true or false",
-        "string_type": f"expected text; a number needs two kinds of quotes: '{key}=\"{show(value)}\"'",
+        "string_type": "expected text" + (_quotes(key, value) if isinstance(value, bool | int | float) else ""),
         "string_too_short": "expected text",
         "string_unicode": "is not UTF-8",
         "string_pattern_mismatch": "expected 64 hexadecimal digits",
@@ -475,6 +481,10 @@ def _fault(details: ErrorDetails, config: Mapping[str, Any]) -> Fault:
         "model_type": "expected a group of keys",
     }
     return Fault(key, value, messages.get(kind, details["msg"]))
+
+
+def _quotes(key: str, value: Any) -> str:
+    return f"; a number needs two kinds of quotes: '{key}=\"{show(value)}\"'"
 
 
 def look_up(config: Mapping[str, Any], key: str) -> Any:

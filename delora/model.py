@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import transformers
-from hydra.utils import get_class
 from torch import Tensor, nn
 from torch.fx.experimental import _config as symbols
 
@@ -23,7 +22,7 @@ from delora.config import PER_TRIAL, Trial
 from delora.data.batches import Batch, Layout, Tokens
 from delora.encoders.base import first_tokens
 from delora.errors import UserError
-from delora.methods.base import Method
+from delora.methods.base import Method, find
 from delora.randomness import Draw, Dropout, TokenKeys
 
 # Of what is trained and summed up, and of the frozen encoder and its activations.
@@ -234,7 +233,7 @@ class Fleet(nn.Module):
             raise UserError(
                 f"method.targets={config.targets}: no linear layer of the encoder matches (it has: {known})"
             )
-        method, options = get_class(config.target), method_options(self.trials, dtype, device)
+        method, options = find(config.target), method_options(self.trials, dtype, device)
         rates = [trial.method.dropout for trial in self.trials]
         for name in filter(targeted.__contains__, linears):
             linear = linears[name]

@@ -7,6 +7,7 @@ that would lead a run astray.
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,7 @@ class _Command:
             return [sweep.start]
         try:
             values = [Override._convert_value(value) for value in override.sweep_iterator()]  # type: ignore[arg-type]
-        except (HydraException, ValueError):  # a range of steps of 0
+        except (HydraException, ValueError, ArithmeticError):  # a range in steps of 0, or from nan
             values = []
         if not values:
             self.faults.append(f"{override.input_line}: holds no value")
@@ -168,6 +169,8 @@ class _Command:
             return "has one value for all trials: it says where or how they run, not what they are"
         if isinstance(sweep, IntervalSweep) and not self._looks_for_best:
             return "an interval needs hydra/sweeper=optuna, which looks for the best; for all values: a,b,c"
+        if isinstance(sweep, IntervalSweep) and sweep.start > sweep.end:  # type: ignore[operator]
+            return "the lower bound comes first"
         return None
 
     def _choose(self, override: Override) -> list[str]:
@@ -193,9 +196,22 @@ class _Command:
                 keys = [key for key in config.method if key not in plain.method]
                 self.faults += [Fault(f"method.{key}", config.method[key], message) for key in keys]
             return config
-        except (HydraException, OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError) as error:
-            self.faults.append(": ".join(filter(None, (" ".join(words), str(error)))))
+        except Exception as error:  # Hydra's, and whatever a file of the user's makes it stumble over
+            told = "its files refer to themselves" if isinstance(error, RecursionError) else str(error) or repr(error)
+            self.faults += self._unreadable_files() or [": ".join(filter(None, (" ".join(words), told)))]
             return None
+
+    def _unreadable_files(self) -> list[str]:
+        """What is wrong with configs that the user has added."""
+        faults = []
+        for path in (path for folder in self._folders[1:] for path in sorted(folder.rglob("*.yaml"))):
+            try:
+                yaml.safe_load(path.read_text(encoding="utf-8"))
+            except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+                place = getattr(error, "problem_mark", None)
+                line = f", line {place.line + 1}" if place else ""
+                faults.append(f"{path}{line}: {getattr(error, 'problem', None) or error}")
+        return faults
 
     def _check_keys(self, values: Mapping[str, list[Any]], configs: Sequence[DictConfig]) -> None:
         for key in values:
@@ -226,7 +242,9 @@ class _Command:
     @cache  # noqa: B019  (one command a process)
     def _option_keys(self, group: str, option: str) -> list[str]:
         paths = [folder / group / f"{option}.yaml" for folder in self._folders]
-        return [str(key) for path in paths if path.exists() for key in OmegaConf.load(path)]
+        with suppress(Exception):  # the option that was chosen is told of elsewhere
+            return [str(key) for path in paths if path.exists() for key in OmegaConf.load(path)]
+        return []
 
     def _check_values(self, values: Mapping[str, list[Any]], configs: Sequence[DictConfig]) -> None:
         """The first values in each config, and each other value with the first ones of the other keys."""
@@ -261,7 +279,8 @@ def _count(override: Override) -> int:
     if isinstance(sweep, ChoiceSweep):
         return len(sweep.list)
     if isinstance(sweep, RangeSweep) and sweep.step:
-        return max(0, math.ceil((sweep.stop - sweep.start) / sweep.step))  # type: ignore[operator]
+        steps = (sweep.stop - sweep.start) / sweep.step  # type: ignore[operator]
+        return math.ceil(min(steps, 1e18)) if steps > 0 else 0
     return 1
 
 
@@ -280,12 +299,15 @@ def _astray(override: Override) -> object | None:
     """What is wrong with a word of Hydra's that would end in the midst of it, or lead the run astray."""
     if override.is_hydra_override() and override.is_sweep_override():
         return f"{override.input_line}: Hydra's own keys have one value"
-    key, value = override.key_or_group, override.value()
+    key = override.key_or_group
+    value: Any = override.value()
     if key.startswith("hydra/") and value is None:
         return Fault(key, value, "expected the name of an option")
     if key in ("hydra.launcher._target_", "hydra.sweeper._target_"):
         group = key.removesuffix("._target_").replace(".", "/")
         return Fault(key, value, f"is chosen by name, as in {group}=basic")
+    if key in ("hydra.sweeper.n_trials", "hydra.sweeper.n_jobs") and not (isinstance(value, int) and value > 0):
+        return Fault(key, value, "expected a whole number, at least 1")
     if key == "hydra.job.chdir" and value is not False:
         return Fault(key, value, "runs stay in the folder of the command; results go to output_dir")
     if key == "hydra.searchpath" and (lost := [path for path in _paths(value) if not path.is_dir()]):

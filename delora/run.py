@@ -125,7 +125,8 @@ def choose_device(name: str) -> torch.device:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device={name} cannot be used here: {str(error).splitlines()[0]}") from None
+        why = str(error).splitlines()[0].split(". ")[0]
+        raise UserError(f"device={name} cannot be used here: {why}") from None
     return torch.device(name)
 
 

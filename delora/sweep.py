@@ -109,7 +109,7 @@ def print_plan(trials: Sequence[Trial]) -> None:
     sweep = Sweep(trials)
     missing = sweep.missing()
     if missing:
-        _import_torch()
+        _get_ready(missing)
     groups = plan(missing, sweep.trials)
     measured: dict[str, float] = {}  # seconds of a trial of a company that has finished ones
     for folder, result in sweep.found.items():
@@ -138,6 +138,14 @@ def print_plan(trials: Sequence[Trial]) -> None:
         f"{len(sweep.trials)} trials: {len(sweep.found)} done, {len(missing)} to run in {len(groups)} fleets, "
         f"roughly {duration(total)}{'' if known else ' and what is unknown'}. Nothing was trained."
     )
+
+
+def _get_ready(trials: Iterable[Trial]) -> None:
+    """Imports what trains, and finds out whether the methods' classes are what the configs say."""
+    _import_torch()
+    from delora.methods.base import check
+
+    check(trial.method for trial in trials)
 
 
 @functools.cache
@@ -173,7 +181,7 @@ class Sweep:
     def run(self) -> list[Result | None]:
         missing = self.missing()
         if missing:
-            _import_torch()
+            _get_ready(missing)
         config = next(iter(self.trials.values()))
         tracking = Tracking(config.logger.mode if missing else "disabled", config.logger.project)
         with (

@@ -1,5 +1,6 @@
 import importlib.util
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterable
@@ -12,6 +13,9 @@ from omegaconf import OmegaConf
 
 from delora.cli import conf_folder
 from delora.config import Trial
+
+# Commands under test are interrupted; from a shell in the background they would inherit that SIGINT is ignored.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser):

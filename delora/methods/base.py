@@ -6,31 +6,35 @@ M blocks, D width of a block. Every trainable tensor has the leading axis K, and
 A new method is one file with a subclass of `Method` and one file conf/method/<name>.yaml whose `_target_` names it.
 """
 
-from collections.abc import Mapping
+import importlib
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from delora.config import MISSING, ConfigError, Fault, MethodConfig, did_you_mean
 from delora.randomness import Draw
 
 
-class Method(nn.Module):
+class Method(nn.Module, ABC):
     """One adapted linear layer of K trials. Subclasses take (weight_OI, draw, **options of their yaml).
 
     Options that may differ between the trials (`delora.config.PER_TRIAL`) come as (K,) tensors.
     """
 
+    @abstractmethod
     def forward(self, x_KNI: Tensor, dropped_KNI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         """The adapted layer's output (K, N, O).
 
         `dropped_KNI` is `x_KNI` after dropout, and the same object where there is none.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def delta(self, weight_OI: Tensor) -> Tensor:
         """ΔW = W′ − W of each trial, (K, O, I): what merging adds to the frozen weight."""
-        raise NotImplementedError
 
     def learning_rates(self) -> Mapping[str, Tensor]:
         """Parameters that have a learning rate (K,) of their own, by name; all others use the trial's."""
@@ -46,9 +50,9 @@ class LowRank(Method):
 
     drops_whole_input = False  # else the input of ΔW alone
 
+    @abstractmethod
     def factors(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
         """Two matrices of each trial, (K, O, S) and (K, S, I), whose product is ΔW."""
-        raise NotImplementedError
 
     def forward(self, x_KNI: Tensor, dropped_KNI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
         frozen_KNO = F.linear(dropped_KNI if self.drops_whole_input else x_KNI, weight_OI, bias_O)
@@ -65,6 +69,66 @@ class LowRank(Method):
     def delta(self, weight_OI: Tensor) -> Tensor:
         up_KOS, down_KSI = self.factors(weight_OI)
         return up_KOS @ down_KSI
+
+
+def find(target: str) -> type[Method]:
+    """The class that a config's `_target_` names.
+
+    Raises:
+        ConfigError: there is no such class, or it is no method.
+    """
+
+    def refused(why: str) -> ConfigError:
+        return ConfigError([Fault("method._target_", target, why)])
+
+    path, _, name = target.rpartition(".")
+    try:
+        module = importlib.import_module(path)
+    except (Exception, SystemExit) as error:  # whatever a module raises while it is imported
+        raise refused(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
+    if not hasattr(module, name):
+        known = [n for n, v in vars(module).items() if isinstance(v, type) and v.__module__ == path]
+        raise refused(f"{path} has no class {name}{did_you_mean(name, known)}")
+    found = getattr(module, name)
+    if not (isinstance(found, type) and issubclass(found, Method)):
+        raise refused("expected a class derived from delora.methods.base.Method")
+    if inspect.isabstract(found):
+        raise refused(f"an abstract class: it lacks {' and '.join(sorted(found.__abstractmethods__))}")
+    return found
+
+
+def check(configs: Iterable[MethodConfig]) -> None:
+    """Finds out whether the methods can be built, as far as their classes tell.
+
+    Raises:
+        ConfigError: there is no such class, or it has other options; with all faults together.
+    """
+    faults: list[object] = []
+    for config in configs:
+        try:
+            faults += _misfits(find(config.target), config.options())
+        except ConfigError as error:
+            faults += error.faults
+    if faults:
+        raise ConfigError(faults)
+
+
+def _misfits(method: type[Method], options: Mapping[str, object]) -> Iterator[Fault]:
+    """Options that a class does not take, or needs and has not got."""
+    _, _, *parameters = inspect.signature(method).parameters.values()  # after weight_OI and draw
+    taken = {parameter.name: parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
+    for name, value in options.items():
+        if name not in taken and len(taken) == len(parameters):
+            yield Fault(f"method.{name}", value, f"{method.__name__} has no such option{did_you_mean(name, taken)}")
+        elif value is None and name in taken and not _may_be_none(taken[name]):
+            yield Fault(f"method.{name}", value, f"expected a value; {method.__name__} cannot do without")
+    for name, parameter in taken.items():
+        if name not in options and parameter.default is parameter.empty:
+            yield Fault(f"method.{name}", MISSING, f"is missing; {method.__name__} cannot do without")
+
+
+def _may_be_none(parameter: inspect.Parameter) -> bool:
+    return parameter.default is None or parameter.annotation is parameter.empty or "None" in str(parameter.annotation)
 
 
 def kaiming_uniform(draw: Draw, name: str, shape: tuple[int, ...]) -> Tensor:
