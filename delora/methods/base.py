@@ -86,11 +86,11 @@ def find(target: str) -> type[Method]:
         module = importlib.import_module(path)
     except (Exception, SystemExit) as error:  # whatever a module raises while it is imported
         raise refused(f"{path} cannot be imported: {type(error).__name__}: {error}") from error
-    if not hasattr(module, name):
+    found = getattr(module, name, None)
+    if not isinstance(found, type):
         known = [n for n, v in vars(module).items() if isinstance(v, type) and v.__module__ == path]
         raise refused(f"{path} has no class {name}{did_you_mean(name, known)}")
-    found = getattr(module, name)
-    if not (isinstance(found, type) and issubclass(found, Method)):
+    if not issubclass(found, Method):
         raise refused("expected a class derived from delora.methods.base.Method")
     if inspect.isabstract(found):
         raise refused(f"an abstract class: it lacks {' and '.join(sorted(found.__abstractmethods__))}")
