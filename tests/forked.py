@@ -43,6 +43,5 @@ def _run(words: list[str], cwd: Path, folder: Path) -> None:
     for descriptor, name in ((1, "stdout"), (2, "stderr")):
         os.dup2(os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), descriptor)
     sys.argv = list(words)
-    sys.exit(
-        importlib.import_module({"delora-run": "delora.cli", "delora-report": "delora.report.cli"}[words[0]]).main()
-    )
+    module = {"delora-run": "delora.cli", "delora-report": "delora.report.cli"}[words[0]]
+    sys.exit(importlib.import_module(module).main())

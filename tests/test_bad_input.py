@@ -172,7 +172,7 @@ def test_a_checkpoint_with_a_head_for_other_labels_is_used(checkpoint, tmp_path)
 def test_a_model_without_a_classification_head_is_refused():
     trial = compose_trial("model.source=folder", "model.shape=null", "method.targets=[q]")
     config = transformers.T5Config(vocab_size=261, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2, num_labels=2)
-    with pytest.raises(UserError, match="no classification head: no linear layer under classifier or score"):
+    with pytest.raises(UserError, match="no classification head: no linear layer under classifier"):
         Fleet(transformers.T5ForSequenceClassification(config), [trial], CPU)
 
 
