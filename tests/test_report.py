@@ -738,3 +738,15 @@ def test_names_cannot_break_the_page(tmp_path):
     text = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
     assert text.count("</script>") == 2 and "<b>" not in text
     assert 'href="../a%20%231%25/"' in text
+
+
+@pytest.mark.parametrize(("published", "said"), [(None, True), (True, False), (False, False)])
+def test_rows_whose_published_hash_is_not_known_are_noted(tmp_path, published, said):
+    fake_trials.write(tmp_path / "one", 0.8)
+    path = next(tmp_path.rglob("result.json"))
+    result = json.loads(path.read_text())
+    result["made_by"]["data"]["published"] = published
+    path.write_text(json.dumps(result))
+    found = trials.read([tmp_path])
+    notes = tables.notes(found, statistics.panels(found.trials))
+    assert any("the hash of the published ones is not known" in note for note in notes) is said

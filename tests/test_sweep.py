@@ -20,7 +20,7 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf, open_dict
 from safetensors.torch import load_file
 
-from delora import overrides, results
+from delora import cost, overrides, results, sweep
 from delora.cli import conf_folder
 from delora.config import ConfigError, Trial
 from delora.sweep import Group, plan
@@ -169,6 +169,23 @@ def test_a_sweep_of_too_many_trials_is_refused_before_it_is_expanded(words, faul
     with pytest.raises(ConfigError) as caught:
         overrides.check(words, conf_folder(), multirun=True)
     assert len(caught.value.faults) == 1 and caught.value.faults[0].startswith(fault)
+
+
+def test_a_plan_adds_up_what_was_measured_and_what_is_estimated(monkeypatch, capsys):
+    """Three of five trials have run, in a fleet that took 90 s; of another method nothing is known."""
+    lora = [compose_trial(*SMALL, *FEW, "method=lora", "fleet.size=1", f"seed={seed}") for seed in range(5)]
+    dora = [compose_trial(*SMALL, *FEW, "method=dora", "fleet.size=2", f"seed={seed}") for seed in range(4)]
+    run = {"seconds": {"total": 90.0}, "fleet_size": 3}
+    monkeypatch.setattr(sweep, "_finished", lambda trial: run if trial in lora[:3] else None)
+    monkeypatch.setattr(cost, "seconds", lambda trials, tokens, device: 110.0 * len(trials))
+    sweep.print_plan([*lora, *dora])
+    *table, total = capsys.readouterr().out.splitlines()
+    rows = [line.split() for line in table[-4:]]
+    assert [(row[1], " ".join(row[-2:])) for row in rows] == [("1", "30 s")] * 2 + [("2", "4 min")] * 2
+    assert total == "9 trials: 3 done, 6 to run in 4 fleets, roughly 8 min. Nothing was trained."
+    monkeypatch.setattr(cost, "seconds", lambda *_: None)
+    sweep.print_plan([*lora, *dora])
+    assert "roughly 60 s and what is unknown" in capsys.readouterr().out
 
 
 # --- One sweep

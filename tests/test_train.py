@@ -1,10 +1,12 @@
 """The loop: the published trajectory, each trial as if alone, divergence, frozen weights."""
 
+import itertools
 import json
 import math
 import time
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 from conftest import compose_trial, compose_trials, conf_folder
@@ -357,3 +359,14 @@ def test_the_first_of_equal_scores_stays_best():
     assert not train._better(scored(0.5), scored(0.5), "accuracy")
     assert not train._better(scored(math.nan), scored(0.1), "accuracy")
     assert train._better(scored(-0.5), scored(math.nan), "accuracy")
+
+
+def test_seconds_are_those_of_all_epochs_and_evaluations(monkeypatch):
+    """By a clock that goes on by a second each time it is read."""
+    trial = compose_trial("model=tiny", "method=lora", "epochs=3", "batch_size=4")
+    fleet, loaded = make_fleet([trial])
+    tokens = Tokens(Rows([("a", "b")] * 8, np.zeros(8, np.int64)), loaded.tokenizer, 8, CPU, fleet.dtype)
+    ticks = itertools.count()
+    monkeypatch.setattr(train.time, "perf_counter", lambda: float(next(ticks)))
+    _, totals = train.train(fleet, train.Data(TASKS["mrpc"], tokens, tokens, torch.arange(8)[None]), Listener())
+    assert (totals.steps, totals.train_seconds, totals.evaluate_seconds) == (6, 3.0, 4.0)
