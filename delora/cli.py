@@ -131,11 +131,14 @@ def _start() -> None:
         raise UserError("--package needs --cfg job")
     if flags.experimental_rerun:
         raise UserError("--experimental-rerun: runs are not pickled; the same command again goes on")
+    conf = [conf_folder(), *([Path(flags.config_dir)] if flags.config_dir else [])]
+    words = overrides.with_encoders(flags.overrides, conf)
+    sys.argv[1:] = [*(word for word in sys.argv[1:] if word not in flags.overrides), *words]
     if not (flags.shell_completion or flags.hydra_help or flags.config_path):
         overrides.check(
-            flags.overrides,
+            words,
             conf_folder(),
-            multirun=flags.multirun or "hydra.mode=MULTIRUN" in flags.overrides,
+            multirun=flags.multirun or "hydra.mode=MULTIRUN" in words,
             config=flags.config_name or "config",
             more=Path(flags.config_dir) if flags.config_dir else None,
         )
@@ -214,11 +217,12 @@ def train(trials: "Sequence[Trial]", sweep: bool = True) -> list[float | None]:
     Raises:
         UserError: something that they need is not on this machine, or cannot be used.
     """
-    from delora.missing import require_all
+    from delora.missing import identified, require_all
 
     if sweep:
         trials = [t.model_copy(update={"sweep": t.sweep or t.name, "name": None}) for t in trials]
     logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[ToStandardError()])
+    trials = identified(trials)
     require_all(trials)
     if trials[0].plan:
         from delora.sweep import print_plan

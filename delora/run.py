@@ -83,7 +83,7 @@ def run_fleet(
             "recorded": fleet.recorded,
         },
         data={"source": dataset.source, "sha256": dataset.sha256, "published": dataset.published},
-        weights={"source": encoder.source, "sha256": encoder.sha256},
+        weights={"source": encoder.source, "sha256": encoder.sha256, "revision": encoder.revision},
     )
     origin = {"data": dataset.sha256, "weights": encoder.sha256, "precision": config.precision}
     with Stop() as stop:

@@ -126,8 +126,8 @@ def print_plan(trials: Sequence[Trial]) -> None:
         seconds = cost.seconds(group.trials, tokens, device) if each is None else each * len(group.trials)
         total, known = total + (seconds or 0), known and seconds is not None
         memory = "unknown"
-        if trial.model.shape:
-            encoder, more = cost.needed_bytes(trial, len(group.trials), trial.model.shape, tokens, device)
+        if trial.model.known_shape:
+            encoder, more = cost.needed_bytes(trial, len(group.trials), trial.model.known_shape, tokens, device)
             memory = f"up to {(encoder + more * len(group.trials)) / 1e9:.1f} GB"
         about = f"{trial.task.name} {trial.method.name} {trial.model.name}" + (
             ", begun" if group.state.exists() else ""

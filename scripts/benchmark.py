@@ -335,7 +335,7 @@ class Benchmark:
     def encoder(self) -> transformers.PreTrainedModel:
         if not self.options.random:
             return pretrained.load(self.trial.model, self.task).model.to(self.device)  # type: ignore[return-value]
-        shape = self.trial.model.shape
+        shape = self.trial.model.known_shape
         assert shape is not None
         family = encoders.families()[shape.family]
         sizes = {key: getattr(shape, name) for name, key in family.keys.items()}
@@ -658,7 +658,7 @@ def achieved(figures: Mapping[str, Any], bench: Benchmark) -> dict[str, float]:
         if theirs:
             made[f"{name} epoch"] = min(theirs) * largest / epochs[f"fleet {largest}"]
     if re.search("H[12]00", figures["hardware"]):
-        shape = bench.trial.model.shape
+        shape = bench.trial.model.known_shape
         assert shape is not None
         multiplied = 4 * encoders.families()[shape.family].multiplications(shape) * tokens["real"] / tokens["steps"]
         made["matrix limit"] = multiplied / medians[f"fleet {largest}"] / H100_BF16

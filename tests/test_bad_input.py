@@ -17,13 +17,11 @@ import pytest
 import torch
 import transformers
 from conftest import compose_trial
-from safetensors.torch import load_file, save_file
 
 from delora import pretrained, results
 from delora.data import Rows, load
 from delora.data.batches import Tokens
 from delora.errors import UserError
-from delora.missing import missing_encoder
 from delora.model import Fleet
 from delora.pretrained import byte_tokenizer
 from delora.tasks import TASKS
@@ -89,84 +87,7 @@ def test_an_empty_sentence_is_scored_like_any_other():
     assert fleet(**batch.inputs).logits.isfinite().all()
 
 
-# --- Encoders
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    """A small BERT in a local folder, as save_pretrained writes it."""
-    folder = tmp_path_factory.mktemp("checkpoint")
-    config = transformers.BertConfig(
-        vocab_size=261,
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=64,
-    )
-    transformers.BertForSequenceClassification(config).save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def load_from(folder: Path, *overrides: str) -> pretrained.Pretrained:
-    trial = compose_trial("model=roberta_base", f"model.source={folder}", "model.shape=null", *overrides)
-    if lack := missing_encoder(trial.model):
-        raise UserError(lack)
-    return pretrained.load(trial.model, TASKS["mrpc"])
-
-
-def test_a_local_checkpoint_is_used_and_its_hash_checked(checkpoint):
-    encoder = load_from(checkpoint)
-    assert load_from(checkpoint, f"model.sha256={encoder.sha256}").sha256 == encoder.sha256
-    with pytest.raises(
-        UserError, match=rf"model.safetensors is not the expected file[\s\S]*found    sha256 {encoder.sha256}"
-    ):
-        load_from(checkpoint, f"model.sha256={'a' * 64}")
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        *("half the weights", "no weights", "empty weights", "a layer is not there", "a layer of another width"),
-        *("config is no JSON", "no tokenizer", "no folder"),
-    ],
-)
-def test_a_damaged_checkpoint_is_named(checkpoint, tmp_path, damage, monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    folder = tmp_path / "copy"
-    shutil.copytree(checkpoint, folder)
-    weights = folder / "model.safetensors"
-    match damage:
-        case "half the weights":
-            weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
-        case "empty weights":
-            weights.write_bytes(b"")
-        case "no weights":
-            weights.unlink()
-        case "a layer is not there":
-            tensors = load_file(weights)
-            save_file({n: t for n, t in tensors.items() if "query" not in n}, weights, {"format": "pt"})
-        case "a layer of another width":
-            tensors = load_file(weights)
-            save_file({n: t[:8] if "query" in n else t for n, t in tensors.items()}, weights, {"format": "pt"})
-        case "no tokenizer":
-            for path in folder.glob("tokenizer*"):
-                path.unlink()
-        case "config is no JSON":
-            (folder / "config.json").write_text("{")
-        case "no folder":
-            shutil.rmtree(folder)
-    with pytest.raises(UserError, match=str(folder)) as caught:
-        load_from(folder)
-    assert "hf download" not in str(caught.value) and "above report" not in str(caught.value)
-
-
-def test_a_checkpoint_with_a_head_for_other_labels_is_used(checkpoint, tmp_path):
-    config = transformers.AutoConfig.from_pretrained(checkpoint, num_labels=3)
-    transformers.BertForSequenceClassification(config).save_pretrained(tmp_path)
-    byte_tokenizer().save_pretrained(tmp_path)
-    assert load_from(tmp_path).model.config.num_labels == 2
+# --- Encoders; those of checkpoints are in test_pretrained.py
 
 
 def test_a_model_without_a_classification_head_is_refused():

@@ -85,7 +85,7 @@ def test_targets_that_no_layer_has_are_named():
 
 def test_weights_with_another_hash_are_refused():
     trial = compose_trial("model=minilm", f"model.sha256={'0' * 64}")
-    with pytest.raises(UserError, match=r"expected sha256 0000[\s\S]*found    sha256 53aa51172d14"):
+    with pytest.raises(UserError, match=r"have sha256 53aa51172d14.*, expected 0000"):
         pretrained.load(trial.model, TASKS["mrpc"])
 
 

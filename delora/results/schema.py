@@ -48,8 +48,11 @@ class Tokens(TypedDict):
 
 
 class Origin(TypedDict):
+    """Where data or weights are from. `revision` is the hub's commit, of weights that are from there."""
+
     source: str
     sha256: str | None
+    revision: NotRequired[str | None]
 
 
 class DataOrigin(Origin):
