@@ -342,7 +342,12 @@ class Trial(Section):
     @property
     def folder(self) -> Path:
         """Where the trial writes: `name`, or the id, in the sweep's folder or in `output_dir`."""
-        return Path(self.output_dir).expanduser() / (self.sweep or "") / (self.name or self.id)
+        return self.root / (self.sweep or "") / (self.name or self.id)
+
+    @property
+    def root(self) -> Path:
+        """The folder of all results: below it nothing is written through a link."""
+        return Path(self.output_dir).expanduser()
 
     @property
     def company(self) -> str:

@@ -239,8 +239,8 @@ class Fleet(nn.Module):
             linear = linears[name]
             try:
                 adapter = method(linear.weight, Draw(seeds, name, dtype, device), **options)
-            except ValueError as error:
-                raise UserError(f"method {config.name} on layer {name}: {error}") from None
+            except (ValueError, TypeError) as error:  # an option that the method does not take, or not so
+                raise UserError(f"method {config.name} on layer {name}: {error}") from error
             dropout = Dropout(self.keys, f"{name}.method", rates)
             _replace(self.base, name, AdaptedLinear(linear, adapter.to(device), dropout))
 

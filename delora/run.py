@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import dataclasses
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -17,19 +18,22 @@ from typing import Any, Self, cast
 import safetensors.torch
 import torch
 import transformers
+from omegaconf import OmegaConf
 
 from delora import data as rows_of
 from delora import encoders, pretrained, results
 from delora.attention import kernels
+from delora.cli import conf_folder
 from delora.config import NOT_THE_TRIAL, ModelConfig, Trial
 from delora.console import Console
 from delora.data import Dataset, Rows
 from delora.data.batches import Tokens
 from delora.data.splits import paper_split
 from delora.errors import UserError
+from delora.methods.base import Method
 from delora.missing import missing_encoder
 from delora.model import DTYPES, Fleet, check_unknown
-from delora.results import Result, ResultsError, TrialFolder
+from delora.results import Extent, Result, ResultsError, TrialFolder
 from delora.tasks import TASKS, Task
 from delora.tracking import Tracker, Tracking
 from delora.train import Data, Outcome, Score, State, Totals, train
@@ -87,8 +91,11 @@ def run_fleet(
     )
     origin = {"data": dataset.sha256, "weights": encoder.sha256, "precision": config.precision}
     with Stop() as stop:
-        checkpoint = StateFile(state, [trial.id for trial in trials], origin, config.fleet.checkpoint_seconds, stop)
-        recorder = Recorder(trials, folders, console, tracking, checkpoint.position)
+        recorder = Recorder(trials, folders, console, tracking)
+        checkpoint = StateFile(state, trials, origin, config.fleet.checkpoint_seconds, stop, recorder.sync)
+        if not recorder.begin(checkpoint.logs):
+            checkpoint.delete()
+            recorder.begin(None)
         data = for_trials(dataset.task, tensors, trials)
         console.begin(trials, task.headline, -(-len(data.train) // config.batch_size) * config.epochs)
         outcomes, totals = train(fleet, data, recorder, checkpoint)
@@ -244,21 +251,34 @@ class Stop:
 
 
 class StateFile:
-    """A fleet's training state on disk: the loop's `Checkpoints`.
+    """A fleet's training state on disk, with how far each trial's log is: the loop's `Checkpoints`.
 
     Args:
         path: a safetensors file, replaced whole.
-        trials: the trials' ids, in the fleet's order.
+        trials: the fleet's, in its order.
         origin: what must be the same for training to go on.
         seconds: between two writes.
+        sync: has the trials' logs on disk and tells how far they are.
 
     Raises:
         UserError: the file was made with another `origin`.
     """
 
-    def __init__(self, path: Path, trials: Sequence[str], origin: Mapping[str, Any], seconds: float, stop: Stop):
-        self.path, self.seconds, self.stop = path, seconds, stop
-        self.about: dict[str, Any] = {"trials": list(trials), "origin": dict(origin)}
+    def __init__(
+        self,
+        path: Path,
+        trials: Sequence[Trial],
+        origin: Mapping[str, Any],
+        seconds: float,
+        stop: Stop,
+        sync: Callable[[], list[Extent | None]],
+    ):
+        self.path, self.root, self.seconds, self.stop, self.sync = path, trials[0].root, seconds, stop, sync
+        self.about: dict[str, Any] = {
+            "trials": [trial.id for trial in trials],
+            "folders": [trial.folder.name for trial in trials],
+            "origin": dict(origin),
+        }
         self.last = time.monotonic()
         self.stored: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
         if stored := read_state(path):
@@ -269,11 +289,9 @@ class StateFile:
                 raise UserError(f"{path}: training began with another input:\n{lines}\nDelete it to begin anew.")
 
     @property
-    def position(self) -> tuple[int, int] | None:
-        """Step and epoch from which training goes on."""
-        if self.stored is None:
-            return None
-        return self.stored[1]["totals"]["steps"], self.stored[1]["scored"]
+    def logs(self) -> list[Extent | None] | None:
+        """How far the log of each trial is from which training goes on; None where it begins."""
+        return self.stored[1]["logs"] if self.stored else None
 
     def restore(self, state: State) -> None:
         if self.stored:
@@ -284,8 +302,9 @@ class StateFile:
         if self.stop.number is None and time.monotonic() - self.last < self.seconds:
             return
         tensors, plain = state.pack()
+        logs = self.sync()
         try:
-            write_state(self.path, tensors, {**self.about, **plain})
+            write_state(self.path, self.root, tensors, {**self.about, **plain, "logs": logs})
         except ResultsError as error:
             logger.warning("no checkpoint: %s", error)
         self.last = time.monotonic()
@@ -293,30 +312,48 @@ class StateFile:
 
     def delete(self) -> None:
         self.path.unlink(missing_ok=True)
+        self.stored = None
 
 
 def read_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | None:
     """Tensors and plain data of a fleet's state; None where there is no whole file."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return None
     try:
         tensors, described = results.read_tensors(path, "pt")
+        if described["sha256"] != _digest(tensors, described["state"]):
+            raise ValueError("it has another sha256 than when it was written")
         return tensors, json.loads(described["state"])
     except (ResultsError, KeyError, ValueError) as error:
         logger.warning("%s: not a fleet's state (%s); its trials begin anew", path, error)
         return None
 
 
-def write_state(path: Path, tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any]) -> None:
-    """Writes what `read_state` reads. Raises ResultsError where that fails."""
-    on_cpu = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    results.replace(path, safetensors.torch.save(on_cpu, {"state": json.dumps(plain)}))
+def write_state(path: Path, root: Path, tensors: Mapping[str, torch.Tensor], plain: Mapping[str, Any]) -> None:
+    """Writes what `read_state` reads. Raises ResultsError where that fails.
+
+    Args:
+        root: of `results.Folder`.
+    """
+    on_cpu, text = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, json.dumps(plain)
+    data = safetensors.torch.save(on_cpu, {"state": text, "sha256": _digest(on_cpu, text)})
+    results.replace(path, data, root)
+
+
+def _digest(tensors: Mapping[str, torch.Tensor], text: str) -> str:
+    """A hash of names, types, shapes and values, and of the text."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 class Recorder:
     """Passes what the loop reports to each trial's folder, its wandb run and the console.
 
     A trial whose folder cannot be written is left out from then on; if none is left the error is raised.
+    Nothing is written before `begin`.
     """
 
     def __init__(
@@ -325,26 +362,56 @@ class Recorder:
         folders: Sequence[TrialFolder | None],
         console: Console,
         tracking: Tracking,
-        position: tuple[int, int] | None,
     ):
-        self.trials, self.folders, self.console = trials, list(folders), console
+        self.trials, self.folders, self.console, self.tracking = trials, list(folders), console, tracking
         self.start = time.perf_counter()
         self.trackers: list[Tracker | None] = [None] * len(trials)
         self.errors: dict[int, ResultsError] = {}
-        for k, (trial, folder) in enumerate(zip(trials, folders, strict=True)):
-            if folder is None:
-                continue
-            self.trackers[k] = tracking.start(
-                trial.id, trial.resolved(), folder.path, group=trial.sweep, ignore=NOT_THE_TRIAL
-            )
-            self._write(k, functools.partial(self._begin, k, position))
 
-    def _begin(self, trial: int, position: tuple[int, int] | None, folder: TrialFolder) -> None:
-        if position is None:
+    def begin(self, logs: list[Extent | None] | None) -> bool:
+        """Begins the trials, or goes on where their logs were when a checkpoint was made.
+
+        A trial whose log is not what the checkpoint says it was is left out, to begin anew in another fleet.
+
+        Returns:
+            Whether any trial is left; else nothing was changed.
+        """
+        going = [
+            folder if folder and (not logs or folder.holds(logs[k])) else None for k, folder in enumerate(self.folders)
+        ]
+        for folder in self.folders:
+            if folder and folder not in going:
+                logger.warning(
+                    "%s is not as the last checkpoint left it; the trial begins anew", folder.path / results.METRICS
+                )
+        if not any(going):
+            return False
+        self.folders = going
+        for k, (trial, folder) in enumerate(zip(self.trials, going, strict=True)):
+            if folder is not None:
+                self.trackers[k] = self.tracking.start(
+                    trial.id, trial.resolved(), folder.path, group=trial.sweep, ignore=NOT_THE_TRIAL
+                )
+                self._write(k, functools.partial(self._begin, k, logs[k] if logs else None))
+        return True
+
+    def _begin(self, trial: int, log: Extent | None, folder: TrialFolder) -> None:
+        if log is None:
             folder.restart()
             return
-        for line in folder.rewind(*position):
+        for line in folder.rewind(log):
             self._track(trial, line)
+
+    def sync(self) -> list[Extent | None]:
+        """Has all that was recorded on disk; how far each trial's log is, None for one that is not recorded."""
+        extents: list[Extent | None] = [None] * len(self.trials)
+
+        def sync(trial: int, folder: TrialFolder) -> None:
+            extents[trial] = folder.sync()
+
+        for trial in range(len(self.trials)):
+            self._write(trial, functools.partial(sync, trial))
+        return extents
 
     def step(self, step: int, epoch: float, loss_K: list[float | None], lr_K: list[float]) -> None:
         seconds = time.perf_counter() - self.start
@@ -434,17 +501,28 @@ def _result(
     return cast(Result, result)  # checked when it is written
 
 
-def load(folder: str | Path) -> Fleet:
+def load(folder: str | Path, methods: Sequence[type[Method]] = ()) -> Fleet:
     """The model of a finished trial, in evaluation mode: `load(folder)(**inputs).logits`, inputs (B, T).
 
-    Its `tokenizer` is the encoder's; `merge()` gives a plain transformers model.
+    Its `tokenizer` is the encoder's; `merge()` gives a plain transformers model. The folder may be a stranger's: no
+    code is run that it names, but that of delora and of `methods`.
+
+    Args:
+        methods: classes outside of `delora.methods` that the trial may have been trained with.
 
     Raises:
-        UserError: the folder holds no finished trial, or the encoder is not the one it was trained on.
+        UserError: the folder holds no finished trial, its files are not those it ended with, it names a method or a
+            package that is not known, or the encoder is not the one it was trained on.
     """
     stored = results.read(folder)
     trial = Trial.from_config(stored.result["config"])
-    task = TASKS[trial.task.name]
+    task, target, package = TASKS[trial.task.name], trial.method.target, trial.model.package
+    known = [f"{method.__module__}.{method.__qualname__}" for method in methods]
+    if target not in known and not target.startswith("delora.methods."):
+        named = f"delora.load({str(folder)!r}, methods=[{target.rpartition('.')[2]}])"
+        raise UserError(f"{folder}: trained with {target}, which is no method of delora; if it is yours: {named}")
+    if package is not None and package not in _known_packages():
+        raise UserError(f"{folder}: its encoder is in the package {package}, which no file of conf/model names")
     if lack := missing_encoder(trial.model):
         raise UserError(f"missing on this machine:\n{lack}")
     encoder = pretrained.load(trial.model, task)
@@ -452,7 +530,12 @@ def load(folder: str | Path) -> Fleet:
     if encoder.sha256 != made_with:
         raise UserError(f"{folder}: trained on weights with sha256 {made_with}, this machine has {encoder.sha256}")
     fleet = Fleet(encoder.model, [trial], torch.device("cpu"), encoder.lacking)
-    state, _ = results.read_tensors(Path(folder) / results.ADAPTER, "pt")
-    fleet.load_trial_state(0, state)
+    fleet.load_trial_state(0, stored.tensors(results.ADAPTER, "pt"))
     fleet.tokenizer = encoder.tokenizer
     return fleet.eval()
+
+
+def _known_packages() -> set[str]:
+    """The packages with an encoder that conf/model names."""
+    options = [OmegaConf.load(path) for path in (conf_folder() / "model").glob("*.yaml")]
+    return {option.package for option in options if "package" in option}

@@ -4,6 +4,7 @@ Imports torch only where there is something to train, so that a command whose tr
 
     <sweep>/<trial>/            a trial's folder, see delora/results/
     <sweep>/.fleets/<fleet>/    trials.json: which trials train together; state.safetensors: how far they are
+    <sweep>/.fleets/summary     wandb has not got the sweep's summary yet
 
 A fleet that was interrupted goes on with the same trials, so that its numbers are those of an undisturbed run.
 """
@@ -16,7 +17,7 @@ import logging
 import shutil
 import time
 import traceback
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from itertools import pairwise
@@ -33,7 +34,7 @@ from delora.errors import UserError
 from delora.results import ConfigChanged, InUse, Result, ResultsError, TrialFolder
 from delora.tracking import Tracking
 
-FLEETS, TRIALS, STATE = ".fleets", "trials.json", "state.safetensors"
+FLEETS, TRIALS, STATE, SUMMARY = ".fleets", "trials.json", "state.safetensors", "summary"
 AXES = ("seed", "lr", "lr_factor", "lr_factor_on")  # along which a sweep may grow
 SECONDS_BETWEEN_LOOKS = 2.0  # at the fleets of another process
 
@@ -48,8 +49,7 @@ class Group:
 
     @property
     def folder(self) -> Path:
-        names = "\n".join(trial.folder.name for trial in self.trials)
-        return self.trials[0].folder.parent / FLEETS / hashlib.sha256(names.encode()).hexdigest()[:16]
+        return self.trials[0].folder.parent / FLEETS / _fleet_name([trial.folder.name for trial in self.trials])
 
     @property
     def state(self) -> Path:
@@ -60,16 +60,19 @@ class Group:
         names = [trial.folder.name for trial in self.trials]
         for attempt in range(5):
             try:
-                results.replace(self.folder / TRIALS, json.dumps(names).encode())
+                results.replace(self.folder / TRIALS, json.dumps(names).encode(), self.trials[0].root)
                 return
             except ResultsError:  # another process may remove the folder just then, as its last fleet ended
                 if attempt == 4:
                     raise
 
     def forget(self) -> None:
-        shutil.rmtree(self.folder, ignore_errors=True)
-        with suppress(OSError):  # others are in it
-            self.folder.parent.rmdir()
+        _forget(self.folder)
+
+    def drop(self) -> None:
+        """Forgets the group unless it has begun to train."""
+        if not self.state.exists():
+            self.forget()
 
     def halves(self) -> "tuple[Group, Group]":
         """The group in two, each with its part of the state."""
@@ -83,9 +86,41 @@ class Group:
             if stored:
                 tensors, plain = stored
                 lists = {key: value[rows] for key, value in plain.items() if isinstance(value, list)}
-                write_state(half.state, {name: t[rows] for name, t in tensors.items()}, {**plain, **lists})
+                part = {name: tensor[rows] for name, tensor in tensors.items()}
+                write_state(half.state, self.trials[0].root, part, {**plain, **lists})
         self.forget()
         return first, second
+
+
+def _fleet_name(names: Sequence[str]) -> str:
+    """The name of the fleet of trials in these folders: it tells whether a fleet's trials are damaged."""
+    return hashlib.sha256("\n".join(names).encode()).hexdigest()[:16]
+
+
+def _kept(fleet: Path) -> list[str]:
+    """The folders of a fleet's trials, as `Group.keep` wrote them down.
+
+    Raises:
+        FileNotFoundError: another process has just forgotten them.
+        ValueError: they are damaged.
+    """
+    try:
+        names = json.loads(results.content(fleet / TRIALS))
+        if isinstance(names, list) and "/" not in "".join(names) and _fleet_name(names) == fleet.name:
+            return names
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, TypeError, RecursionError):
+        pass
+    raise ValueError("damaged, not the trials of this fleet")
+
+
+def _forget(fleet: Path) -> None:
+    with suppress(OSError):  # first: a state without its trials would stay for good
+        (fleet / STATE).unlink()
+    shutil.rmtree(fleet, ignore_errors=True)
+    with suppress(OSError):  # others are in it
+        fleet.parent.rmdir()
 
 
 def run(trials: Sequence[Trial]) -> list[Result | None]:
@@ -179,34 +214,108 @@ class Sweep:
         return [t for folder, t in self.trials.items() if folder not in self.found and folder not in self.failures]
 
     def run(self) -> list[Result | None]:
+        new = list(self._new_folders())
+        try:
+            return self._run()
+        finally:
+            for folder in new:
+                with suppress(OSError):  # something is in it, or it was not made
+                    folder.rmdir()
+
+    def _run(self) -> list[Result | None]:
         missing = self.missing()
         if missing:
             _get_ready(missing)
         config = next(iter(self.trials.values()))
-        tracking = Tracking(config.logger.mode if missing else "disabled", config.logger.project)
+        self._tidy()
+        owed = [mark for mark in self._summary_marks() if missing or mark.exists()]
+        tracking = Tracking(config.logger.mode if missing or owed else "disabled", config.logger.project)
         with (
             TemporaryDirectory() as pictures,  # wandb has read them once `tracking` is closed
             tracking,
             Console(list(self.trials.values()), self.found) as self.console,
         ):
             self.tracking = tracking
+            if tracking.enabled:
+                for mark in owed:
+                    results.replace(mark, b"", config.root)
             while missing:
                 groups = plan(missing, self.trials)
-                for group in groups:
-                    group.keep()
-                for group in groups:
-                    self._train(group)
+                try:
+                    for group in groups:
+                        group.keep()
+                    for group in groups:
+                        self._train(group)
+                except UserError:
+                    for group in groups:
+                        group.drop()
+                    raise
                 before, known = len(missing), set(self.found)
                 missing = self.missing()
                 for folder in self.found.keys() - known:  # another process has finished them
                     self.console.finished(self.trials[folder], self.found[folder])
                 if len(missing) == before:
                     time.sleep(SECONDS_BETWEEN_LOOKS)  # another process has them
-            if len(self.trials) > 1:
+            if owed:
                 self._summarise(Path(pictures))
+        for mark in owed:  # wandb has them
+            mark.unlink(missing_ok=True)
+            with suppress(OSError):  # fleets are in it
+                mark.parent.rmdir()
         if len(self.trials) == 1 and self.failures:
             raise next(iter(self.failures.values()))
         return [self.found.get(folder) for folder in self.order]
+
+    def _new_folders(self) -> Iterator[Path]:
+        """The folders above those of the trials that are not there yet, inner ones first."""
+        for root in {folder.parent: None for folder in self.trials}:
+            yield from (folder for folder in (root / FLEETS, root, *root.parents) if not folder.exists())
+
+    def _summary_marks(self) -> Iterable[Path]:
+        """A file for each sweep that wandb shows as a whole."""
+        if len(self.trials) == 1:
+            return ()
+        return {folder.parent / FLEETS / SUMMARY: None for folder, trial in self.trials.items() if trial.sweep}
+
+    def _tidy(self) -> None:
+        """Forgets fleets whose trials have all ended, as a kill may leave them, and sets damaged ones aside."""
+        for root in {folder.parent: None for folder in self.trials}:
+            if (root / FLEETS).is_symlink():
+                continue  # nothing is kept there: it is refused
+            for fleet in sorted((root / FLEETS).glob("[0-9a-f]" * 16)):
+                try:
+                    names = _kept(fleet)
+                except (FileNotFoundError, ValueError) as error:
+                    names = self._mend(fleet, error)
+                if names and all(self._has_ended(root / name) for name in names):
+                    _forget(fleet)
+
+    def _mend(self, fleet: Path, error: Exception) -> list[str]:
+        """Takes a fleet's trials from its state, and sets aside what is damaged; none where the state is no help."""
+        from delora.run import read_state
+
+        with suppress(OSError):  # another process is ending it, or beginning it
+            fleet.rmdir()
+            return []
+        stored = read_state(fleet / STATE)
+        names = stored[1]["folders"] if stored else []
+        if _fleet_name(names) == fleet.name:
+            if isinstance(error, ValueError):
+                aside = results.set_aside(fleet / TRIALS)
+                logger.warning("%s: %s; set aside as %s, those of its state taken", fleet / TRIALS, error, aside)
+            results.replace(fleet / TRIALS, json.dumps(names).encode())
+            return names
+        aside = results.set_aside(fleet)
+        logger.warning("%s: %s; set aside as %s, its trials begin anew", fleet / TRIALS, error, aside)
+        return []
+
+    def _has_ended(self, folder: Path) -> bool:
+        if folder in self.trials:
+            return folder in self.found
+        try:
+            return results.read(folder).result["status"] != "failed"
+        except ResultsError:
+            return False
 
     def _summarise(self, pictures: Path) -> None:
         """Shows each sweep as a whole, as the disk has it, in a wandb run of its own; trouble there ends nothing."""
@@ -236,8 +345,6 @@ class Sweep:
             for trial in group.trials:
                 try:
                     folder = None if _finished(trial) else opened.enter_context(_open(trial))
-                    if folder and group.state.exists() and not folder.left_over:
-                        folder = None  # its records are gone, it starts anew in another fleet
                     folders.append(folder)
                 except InUse as error:
                     if len(self.trials) == 1:
@@ -256,6 +363,10 @@ class Sweep:
             except ResultsError:
                 raise
             except UserError as error:
+                for folder in folders:
+                    if folder:
+                        folder.withdraw()
+                group.drop()
                 for trial in group.trials:
                     self._fail(trial, error)
                 return
@@ -264,6 +375,7 @@ class Sweep:
                 if len(group.trials) == 1:
                     folders[0].log(traceback.format_exc())  # type: ignore[union-attr]
                     told = "it does not fit into memory" if too_large else told
+                    group.drop()
                     self._fail(group.trials[0], TrialFailed(f"{told} (log in {group.trials[0].folder})"))
                     return
         if over is None:
@@ -315,12 +427,12 @@ def plan(missing: Sequence[Trial], known: Mapping[Path, Trial]) -> list[Group]:
     left = {trial.folder: trial for trial in missing}
     groups = []
     for root in {folder.parent: None for folder in left}:
-        for path in sorted((root / FLEETS).glob(f"*/{TRIALS}")):
+        for fleet in sorted((root / FLEETS).glob("[0-9a-f]" * 16)):
             try:
-                folders = [root / name for name in json.loads(path.read_text())]
-            except FileNotFoundError:  # another process has just ended it
+                folders = [root / name for name in _kept(fleet)]
+            except (FileNotFoundError, ValueError):  # another process has just ended it, or it is damaged
                 continue
-            begun = path.with_name(STATE).exists()
+            begun = (fleet / STATE).exists()
             whole = all(folder in (known if begun else left) for folder in folders)
             if whole and any(folder in left for folder in folders):
                 groups.append(Group(tuple(known[folder] for folder in folders)))
@@ -353,12 +465,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _open(trial: Trial) -> TrialFolder:
     try:
-        return results.open_trial(trial.folder, trial.resolved(), ignore=NOT_THE_TRIAL)
+        return results.open_trial(trial.folder, trial.resolved(), NOT_THE_TRIAL, trial.root)
     except ConfigChanged:
         if trial.resume != "force":
             raise
         results.set_aside(trial.folder)
-        return results.open_trial(trial.folder, trial.resolved(), ignore=NOT_THE_TRIAL)
+        return results.open_trial(trial.folder, trial.resolved(), NOT_THE_TRIAL, trial.root)
 
 
 def _refuse_changes(trials: Iterable[Trial]) -> None:

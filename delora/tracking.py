@@ -80,6 +80,10 @@ class Tracking:
         what it has, and an earlier offline copy, which this one replaces, is deleted.
         """
         tracker = Tracker(self, run_id(trial_id, config, ignore))
+        own = os.environ.get("WANDB_DIR")
+        if not own and (links := [path for name in ("wandb", ".wandb") if (path := Path(folder, name)).is_symlink()]):
+            self._warn(f"{trial_id} is not tracked: {links[0]} is a link, and nothing is written through it")
+            return tracker
         if self.enabled and self._process is None:
             self._launch()
         self._send(
@@ -89,7 +93,7 @@ class Tracking:
                 "name": trial_id,
                 "group": group,
                 "config": config,
-                "dir": os.environ.get("WANDB_DIR") or str(Path(folder).absolute()),
+                "dir": own or str(Path(folder).absolute()),
             }
         )
         return tracker

@@ -165,6 +165,7 @@ def collect(output: Path) -> None:
 
 def portable(result: results.Result) -> dict[str, Any]:
     """A result whose data lie relative to this folder: an absolute path is of one machine alone."""
+    result = results.without_hashes(result)  # which are those of the files beside it
     config = result["config"]
     folder = config["data"].get("dir")
     data = {**config["data"], "dir": os.path.relpath(folder)} if folder else config["data"]

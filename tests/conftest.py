@@ -18,10 +18,6 @@ from delora.config import Trial
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_addoption(parser):
-    parser.addoption("--kills", type=int, default=3, help="how often a sweep is killed in test_sweep.py")
-
-
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The folder of real data and reference vectors beside the checkout."""

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from matplotlib.collections import PathCollection
 
+from delora import results
 from delora.errors import UserError
 from delora.report import curves, statistics, tables, trials
 from delora.report.cli import main
@@ -179,6 +180,39 @@ def test_what_is_damaged_or_foreign_is_named_and_left_out(tmp_path, capsys):
     assert len(left_out) == 8
     assert "| LoRA   |     0.074M |   1 | 90.0 |" in output.out
     assert "not a result of delora-run" in (tmp_path / "report" / "index.html").read_text()
+
+
+@pytest.mark.parametrize("link", ["report", "report/index.html", "report/.index.html.tmp", "report/tables.md"])
+def test_a_report_writes_through_no_link(tmp_path, link, capsys):
+    place, elsewhere = tmp_path / "s" / link, tmp_path / "elsewhere"
+    fake_trials.write(tmp_path / "s" / "a", 0.9)
+    place.parent.mkdir(exist_ok=True)
+    elsewhere.mkdir() if link == "report" else elsewhere.write_text("mine")
+    place.symlink_to(elsewhere)
+    status = main([str(tmp_path / "s")])
+    if link == "report":
+        assert status == 2 and "report is a link" in capsys.readouterr().err and not list(elsewhere.iterdir())
+    else:
+        assert status == 0 and elsewhere.read_text() == "mine" and not place.is_symlink()
+        assert (tmp_path / "s" / "report" / "index.html").stat().st_size > 1000
+    named = tmp_path / "named"  # by the user
+    named.symlink_to(tmp_path / "s" / "b")
+    (tmp_path / "s" / "b").mkdir()
+    assert main([str(tmp_path / "s"), "--output", str(named), "--only", "table"]) == 0
+    assert (tmp_path / "s" / "b" / "tables.md").exists()
+
+
+def test_a_damaged_file_is_named(tmp_path, capsys):
+    result = json.loads((fake_trials.write(tmp_path / "s" / "a", 0.9) / "result.json").read_text())
+    with results.open_trial(tmp_path / "s" / "b", {**result["config"], "seed": 2}) as folder:
+        for line in (tmp_path / "s" / "a" / "metrics.jsonl").read_text().splitlines():
+            folder.record(json.loads(line))
+        folder.finish({**result, "config": folder.config})
+    assert len(trials.read([tmp_path / "s"]).trials) == 2
+    log = tmp_path / "s" / "b" / "metrics.jsonl"
+    log.write_text(log.read_text().replace("0.6", "0.7", 1))
+    assert main([str(tmp_path / "s"), "--only", "table"]) == 0
+    assert f"{log}: damaged" in capsys.readouterr().err
 
 
 def test_a_deleted_trial_is_missed(tmp_path, sweep):
@@ -507,7 +541,7 @@ def test_mistakes_are_explained(tmp_path, sweep, capsys):
         ([str(sweep), "--factor", "nan"], "--factor nan: no trial has it"),
         ([str(sweep), "--factor", "-1"], "--factor -1: no trial has it"),
         ([str(sweep), "--layer", "qurey"], "no adapted layer is named so. The layers: encoder.layer.0"),
-        ([str(sweep), "--output", str(tmp_path / "file" / "report")], "cannot be written"),
+        ([str(sweep), "--output", str(tmp_path / "file" / "report")], "file is a file, not a folder"),
     ):
         assert main(arguments) == 2
         error = capsys.readouterr().err

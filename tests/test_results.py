@@ -1,8 +1,11 @@
+import contextlib
 import errno
+import itertools
 import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,7 +20,7 @@ import yaml
 
 from delora import results
 from delora.errors import UserError
-from delora.results import ResultsError, find, open_trial, read, read_tensors, writing
+from delora.results import ResultsError, find, open_trial, read, read_tensors, without_hashes, writing
 from delora.results import made_by as made_by_room
 
 CONFIG = {
@@ -34,7 +37,7 @@ CONFIG = {
 def a_result(config=CONFIG, **changes) -> dict:
     best = {"epoch": 2, "step": 20, "validation": {"loss": 0.4, "accuracy": 0.9}, "test": {"accuracy": 0.8}}
     made = {
-        "schema": 1,
+        "schema": results.SCHEMA,
         "id": "mrpc-delora",
         "sweep": None,
         "status": "done",
@@ -113,7 +116,8 @@ def test_a_trial_is_read_back(path):
         folder.finish(a_result())
     assert yaml.safe_load((path / "config.yaml").read_text()) == CONFIG
     trial = read(path)
-    assert trial.result == json.loads((path / "result.json").read_text()) == a_result()
+    assert trial.result == json.loads((path / "result.json").read_text())
+    assert without_hashes(trial.result) == without_hashes(a_result())
     assert [(line["step"], line["metrics"]) for line in trial.evaluations()] == [(0, {"accuracy": 0.5})]
     assert [(line["step"], line["lr"]) for line in trial.steps()] == [(10, 1e-3)]
 
@@ -186,7 +190,6 @@ def test_half_a_tensor_file_is_refused(path):
         ({"steps": None}, "steps"),
         ({"parameters": {"adapter": 1}}, "parameters.head"),
         ({"made_by": {}}, "made_by.cpu"),
-        ({"schema": 2}, "schema 2"),
         ({"config": {"lr": 1}}, "another config"),
     ],
 )
@@ -213,7 +216,7 @@ def test_a_finished_trial_is_given_back_and_not_touched(path):
         folder.finish(a_result())
     before = {file.name: (file.read_bytes(), file.stat().st_mtime_ns) for file in path.iterdir()}
     with open_trial(path, {**CONFIG, "logger": {"mode": "offline"}}, ignore=["logger"]) as folder:
-        assert folder.finished == a_result() and not folder.left_over
+        assert without_hashes(folder.finished) == without_hashes(a_result()) and not folder.left_over
         for write in (folder.restart, lambda: folder.record({"step": 1}), lambda: folder.save("a", b"")):
             with pytest.raises(RuntimeError, match="finished"):
                 write()
@@ -303,15 +306,17 @@ def test_one_process_holds_many_trials(tmp_path):
 # --- Trials that were interrupted
 
 
-def interrupted(path: Path) -> None:
+def interrupted(path: Path) -> list[results.Extent]:
+    """A trial killed in the middle of a line; how far it was after each of its lines."""
+    extents = []
     with open_trial(path, CONFIG) as folder:
         for step in range(10):
             folder.record({"kind": "step", "step": step})
-            if step % 5 == 0:
-                folder.record({"kind": "evaluation", "step": step, "epoch": step // 5})
+            extents.append(folder.sync())
     with (path / "metrics.jsonl").open("a") as file:
         file.write('{"kind": "step", "st')
     (path / ".result.json.tmp").write_text('{"schema": 1,')
+    return extents
 
 
 def test_a_left_over_trial_starts_over(path):
@@ -330,35 +335,38 @@ def test_a_left_over_trial_starts_over(path):
     assert "first" in (path / "log.txt").read_text()
 
 
-@pytest.mark.parametrize(
-    ("step", "epoch", "steps", "epochs"),
-    [
-        (-1, -1, [], []),
-        (0, 0, [0], [0]),
-        (5, 0, [0, 1, 2, 3, 4, 5], [0]),  # the state was kept before the evaluation after step 5
-        (5, 1, [0, 1, 2, 3, 4, 5], [0, 1]),
-        (7, 1, [0, 1, 2, 3, 4, 5, 6, 7], [0, 1]),
-        (100, 9, list(range(10)), [0, 1]),
-    ],
-)
-def test_a_left_over_trial_goes_on_from_a_step(path, step, epoch, steps, epochs):
-    interrupted(path)
+@pytest.mark.parametrize("line", [0, 4, 9])
+def test_a_left_over_trial_goes_on_from_a_checkpoint(path, line):
+    extent = interrupted(path)[line]
     with open_trial(path, CONFIG) as folder:
-        kept = folder.rewind(step, epoch)
+        assert folder.holds(extent)
+        kept = folder.rewind(extent)
         folder.record({"kind": "step", "step": 1000})
-    *lines, new = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
-    assert new["step"] == 1000 and lines == kept
-    assert [line["step"] for line in lines if line["kind"] == "step"] == steps
-    assert [line["epoch"] for line in lines if line["kind"] == "evaluation"] == epochs
+        folder.finish(a_result())
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert [one["step"] for one in lines] == [*range(line + 1), 1000] and lines[:-1] == kept
+    assert list(read(path).steps()) == lines  # and it is the file that the result vouches for
 
 
-def test_damage_in_the_middle_is_not_taken_for_a_torn_line(path):
-    interrupted(path)
-    lines = (path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
-    lines[2] = b"\0" * (len(lines[2]) - 1) + b"\n"
-    (path / "metrics.jsonl").write_bytes(b"".join(lines))
-    with open_trial(path, CONFIG) as folder, pytest.raises(ResultsError, match=r"metrics\.jsonl, line 3"):
-        folder.rewind(9, 9)
+@pytest.mark.parametrize("damage", ["cut", "cut in a line", "empty", "flipped", "zeroed", "gone"])
+def test_a_log_that_is_not_what_a_checkpoint_says_is_noticed(path, damage):
+    extents, log = interrupted(path), path / "metrics.jsonl"
+    data = bytearray(log.read_bytes())
+    match damage:
+        case "cut":
+            data = data[: extents[8]["size"]]
+        case "cut in a line":
+            data = data[: extents[9]["size"] - 1]
+        case "empty":
+            data.clear()
+        case "flipped":
+            data[extents[3]["size"] - 3] ^= 1
+        case "zeroed":
+            data[extents[8]["size"] :] = bytes(len(data) - extents[8]["size"])
+    log.unlink() if damage == "gone" else log.write_bytes(data)
+    with open_trial(path, CONFIG) as folder:
+        assert not folder.holds(extents[9]) and not folder.holds(None)
+        assert folder.holds(extents[2]) == (damage in ("cut", "cut in a line", "flipped", "zeroed"))
 
 
 def test_a_failed_trial_may_run_again(path):
@@ -384,7 +392,7 @@ for i in range(10**9):
     folder.save("adapter.safetensors", bytes([i % 256]) * 300_000)
     folder.save("result.json", json.dumps({**result, "steps": i, "id": "x" * 100_000}).encode())
 """
-    draw, failed = random.Random(0), json.dumps(a_result(status="failed", best=None, last=None))
+    draw, failed = random.Random(0), json.dumps(without_hashes(a_result(status="failed", best=None, last=None)))
     for _ in range(12):
         with in_process(code, path, json.dumps(CONFIG), failed) as process:
             assert process.stdout.readline() == "open\n"
@@ -392,13 +400,13 @@ for i in range(10**9):
             process.kill()
         if (path / "result.json").exists():
             trial = read(path)
-            assert [line["step"] for line in trial.steps()][-1] >= trial.result["steps"]
+            assert [line["step"] for line in trial.steps()][-1] >= trial.result["steps"]  # what is read is on disk
         if (path / "adapter.safetensors").exists():
             data = (path / "adapter.safetensors").read_bytes()
             assert len(data) == 300_000 and len(set(data)) == 1
         with open_trial(path, CONFIG) as folder:  # nothing in the way of the next attempt
             assert folder.left_over
-            folder.rewind(10**9, 10**9)
+            folder.restart()
 
 
 # --- Disks that fail
@@ -424,7 +432,7 @@ def test_a_full_disk_leaves_only_whole_files(small_disk):
         assert not [file.name for file in path.iterdir() if file.name.endswith((".tmp", "result.json"))]
         (path / "adapter.safetensors").unlink()
         folder.finish(a_result())
-    assert read(path).result == a_result()
+    assert without_hashes(read(path).result) == without_hashes(a_result())
     with pytest.raises(ResultsError, match="No space left"):
         for i in range(100):
             open_trial(small_disk / str(i), {**CONFIG, "padding": "x" * 2000}).close()
@@ -492,7 +500,7 @@ def test_finds_what_is_valid_and_names_the_rest(tmp_path):
         "number": b"9" * 10_000,
         "foreign": b'{"accuracy": 0.9}',
         "list": b"[]",
-        "newer": text.replace('"schema": 1', '"schema": 7').encode(),
+        "newer": text.replace('"schema": 2', '"schema": 7').encode(),
         "no status": text.replace('"status": "done"', '"status": ""').encode(),
         "no seconds": text.replace('"total"', '"Total"').encode(),
     }
@@ -516,15 +524,14 @@ def test_finds_what_is_valid_and_names_the_rest(tmp_path):
     assert found.unfinished == [tmp_path / "unfinished"]
     problems = {str(file.relative_to(tmp_path).parent): reason for file, reason in found.problems}
     assert problems.keys() == {*damaged, "pipe", "link"} and all(problems.values())
-    assert problems["newer"] == "schema 7, this version reads 1" and "seconds.total" in problems["no seconds"]
+    assert problems["newer"] == "schema 7, this version reads 2" and "seconds.total" in problems["no seconds"]
     assert find(tmp_path / "not there").problems == [(tmp_path / "not there", "No such file or directory")]
 
 
-def test_a_torn_line_is_left_out_and_a_damaged_one_named(path):
+def test_of_a_result_without_hashes_a_torn_line_is_left_out_and_a_damaged_one_named(path):
+    """As earlier versions wrote them."""
     interrupted(path)
-    with open_trial(path, CONFIG) as folder:
-        (path / "metrics.jsonl").write_bytes((path / "metrics.jsonl").read_bytes() + b'ep"')
-        folder.finish(a_result())
+    (path / "result.json").write_text(json.dumps(without_hashes(a_result())))
     trial = read(path)
     assert [line["step"] for line in trial.steps()] == list(range(10))
     lines = (path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
@@ -536,12 +543,161 @@ def test_a_torn_line_is_left_out_and_a_damaged_one_named(path):
         list(trial.evaluations())
 
 
+# --- Disks that flip a bit
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "trial"
+    with open_trial(folder, CONFIG) as trial:
+        trial.record({"kind": "evaluation", "step": 0, "epoch": 0, "loss": 0.7, "metrics": {"accuracy": 0.5}})
+        trial.record({"kind": "step", "step": 10, "epoch": 1.0, "loss": 0.5, "lr": 1e-3, "seconds": 1.0})
+        for name in (results.ADAPTER, results.PREDICTIONS):
+            trial.save_tensors(name, {"a": torch.arange(12.0), "b": torch.ones(2, 2)}, {"id": "x"})
+        trial.finish(a_result())
+    return folder
+
+
+def read_all(folder: Path) -> object:
+    trial = read(folder)
+    tensors = [trial.tensors(name, "pt") for name in (results.ADAPTER, results.PREDICTIONS)]
+    return trial.result, list(trial.steps()), list(trial.evaluations()), repr(tensors)
+
+
+@pytest.mark.parametrize("name", ["result.json", "metrics.jsonl", "adapter.safetensors", "predictions.safetensors"])
+def test_no_flipped_bit_is_read(whole, tmp_path, name):
+    """One bit of every byte, of the long result of every fifth."""
+    folder = tmp_path / "copy"
+    shutil.copytree(whole, folder)
+    data, wanted = (folder / name).read_bytes(), read_all(folder)
+    draw = random.Random(name)
+    for place in range(0, len(data), 5 if name == "result.json" else 1):
+        flipped = bytearray(data)
+        flipped[place] ^= 1 << draw.randrange(8)
+        (folder / name).write_bytes(flipped)
+        try:
+            assert read_all(folder) == wanted and name == "result.json"  # a space for another, say
+        except ResultsError as error:
+            assert name in str(error)
+    (folder / name).write_bytes(data)
+    assert read_all(folder) == wanted
+    if name != "result.json":
+        (folder / name).unlink()
+        with pytest.raises(ResultsError, match=name):
+            read_all(folder)
+
+
+# --- Folders of strangers
+
+
+FILES = ["config.yaml", "metrics.jsonl", "result.json", "log.txt", ".lock"]
+FILES += ["adapter.safetensors", "predictions.safetensors"]
+
+
+@pytest.mark.parametrize("name", [*FILES, ".config.yaml.tmp", ".result.json.tmp"])
+def test_nothing_is_written_through_a_link(path, tmp_path, name):
+    """A link out of the folder, whatever its name: the trial is refused, or the link replaced."""
+    interrupted(path)
+    secret = tmp_path / "secret"
+    secret.write_bytes((path / name).read_bytes() if (path / name).exists() else b"mine")
+    before = secret.read_bytes(), secret.stat().st_mtime_ns
+    (path / name).unlink(missing_ok=True)
+    (path / name).symlink_to(secret)
+    try:
+        with open_trial(path, CONFIG) as folder:
+            folder.restart()
+            folder.record({"kind": "step", "step": 1})
+            folder.log("text")
+            for file in (results.ADAPTER, results.PREDICTIONS):
+                folder.save_tensors(file, {"a": torch.ones(2)}, {})
+            folder.finish(a_result())
+    except UserError as error:
+        assert name in str(error) and "link" in str(error)
+    assert (secret.read_bytes(), secret.stat().st_mtime_ns) == before
+
+
+def test_no_part_of_the_path_is_a_link(tmp_path):
+    (tmp_path / "elsewhere" / "trial").mkdir(parents=True)
+    (tmp_path / "mine").symlink_to(tmp_path / "elsewhere")  # the user's own: what is named may be a link
+    (tmp_path / "mine" / "sweep").symlink_to(tmp_path / "elsewhere")
+    for root, below in ((tmp_path / "mine", "sweep/trial"), (tmp_path / "mine", "sweep"), (None, "sweep")):
+        with pytest.raises(UserError, match="sweep is a link"):
+            open_trial(tmp_path / "mine" / below, CONFIG, root=root)
+    assert not list((tmp_path / "elsewhere" / "trial").iterdir())
+    open_trial(tmp_path / "mine" / "trial", CONFIG, root=tmp_path / "mine").close()
+    with pytest.raises(UserError, match="sweep is a link"):
+        results.replace(tmp_path / "mine" / "sweep" / "a", b"x")
+    (tmp_path / "b").symlink_to(tmp_path / "elsewhere" / "b")
+    results.replace(tmp_path / "b", b"x")
+    assert not (tmp_path / "b").is_symlink() and not (tmp_path / "elsewhere" / "b").exists()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "endless"])
+@pytest.mark.parametrize("name", FILES)
+def test_what_is_no_regular_file_is_refused_and_never_waited_for(path, kind, name):
+    interrupted(path)
+    for file in ("adapter.safetensors", "predictions.safetensors", "result.json"):
+        (path / file).touch()
+    (path / name).unlink(missing_ok=True)
+    match kind:
+        case "pipe":
+            os.mkfifo(path / name)
+        case "device":
+            (path / name).symlink_to("/dev/zero")
+        case "folder":
+            (path / name).mkdir()
+        case "endless":
+            with (path / name).open("w") as file:
+                file.truncate(1 << 41)  # a hole of 2 TiB
+    start = time.monotonic()
+    for use in (
+        lambda: read(path),
+        lambda: list(results.StoredTrial(path, a_result(schema=1)).steps()),
+        lambda: results.StoredTrial(path, a_result(schema=1)).tensors(name, "pt"),
+        lambda: open_trial(path, CONFIG).close(),
+    ):
+        with contextlib.suppress(UserError):
+            use()
+    assert results.stored_config(path) == (None if name == "config.yaml" else CONFIG)
+    find(path)
+    assert time.monotonic() - start < 5
+
+
+def test_a_config_that_multiplies_itself_is_none(path):
+    """Nine aliases, each of nine of the one before: a billion values."""
+    open_trial(path, CONFIG).close()
+    lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in itertools.pairwise("abcdefghi")]
+    for text in ("\n".join(lines), "a: " + "[" * 100_000, "a: 2020-13-45", "1: {[2]: 3}", "a: 2020-01-01", "a: \x00"):
+        (path / "config.yaml").write_text(text)
+        assert results.stored_config(path) is None
+        with pytest.raises(UserError, match=r"config\.yaml: not a config of delora-run"):
+            open_trial(path, CONFIG)
+
+
+def test_a_trial_that_did_not_begin_leaves_no_folder(path):
+    with open_trial(path, CONFIG) as folder:
+        folder.withdraw()
+    assert path.parent.exists() and not path.exists()
+    path.mkdir()
+    for happens in (lambda folder: None, lambda folder: folder.log("text")):  # it was there; something is in it
+        with open_trial(path, CONFIG) as folder:
+            happens(folder)
+            folder.withdraw()
+        assert path.exists()
+        shutil.rmtree(path)
+    with open_trial(path, CONFIG) as folder:
+        folder.record({"kind": "step", "step": 1})
+        folder.withdraw()
+    assert path.exists()
+
+
 def test_a_thousand_trials_are_read_quickly_and_without_torch(tmp_path):
     layers = {f"encoder.layer.{i}.attention.self.{part}": 0.1 for i in range(6) for part in ("query", "value")}
     for seed in range(1000):
         folder = tmp_path / f"lr{seed % 8}" / f"seed{seed}"
         folder.mkdir(parents=True)
-        (folder / "result.json").write_text(json.dumps(a_result({**CONFIG, "seed": seed})))
+        (folder / "result.json").write_text(json.dumps(without_hashes(a_result({**CONFIG, "seed": seed}))))
         lines = [{"kind": "step", "step": step, "loss": 0.1, "lr": 0.1} for step in range(0, 300, 10)]
         lines += [{"kind": "evaluation", "step": 30, "metrics": {}, "distance": layers, "lambda": layers}] * 10
         (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

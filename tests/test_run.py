@@ -1,14 +1,23 @@
 """A run from the command line to its folder, in real processes, on generated data and small encoders."""
 
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 import transformers
-from conftest import SMALL, command, compose_trial
+from conftest import FEW, SMALL, command, compose_trial
+from omegaconf import OmegaConf
 
 import delora
 from delora import results
 from delora.data import load
 from delora.data.batches import Tokens
+from delora.errors import UserError
+from delora.methods.lora import LoRA
 from delora.sweep import run
 from delora.tasks import TASKS
 from delora.train import predict
@@ -33,6 +42,69 @@ def test_a_loaded_model_gives_the_scored_logits_exactly(tmp_path, method):
     with torch.inference_mode():
         logits = plain(**tokens.gather(torch.as_tensor(index)[None], packed=False).inputs).logits
     torch.testing.assert_close(logits, stored["test"], rtol=0, atol=1e-6)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A trial's folder."""
+    folder = tmp_path_factory.mktemp("finished")
+    run([compose_trial(*SMALL, *FEW, "method=lora", "epochs=1", f"output_dir={folder}", "name=x")])
+    return folder / "x"
+
+
+def receive(folder: Path, changes: dict[str, str | None]) -> None:
+    """Makes a folder what somebody may send who can write anything into its result, hashes too."""
+    result = results.without_hashes(results.read(folder).result)
+    config = OmegaConf.create(result["config"])
+    for key, value in changes.items():
+        OmegaConf.update(config, key, value)
+    (folder / "result.json").write_text(json.dumps({**result, "config": OmegaConf.to_container(config)}))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"method._target_": target} for target in ("evil.Method", "delora.methods.lora.Tensor", "os.system")),
+        *({"method._target_": f"delora.methods.{name}"} for name in ("base.Method", "evil.LoRA", "lora.evil")),
+        *({"model.package": package, "model.random": None} for package in ("evil", "evil.deeper", "os")),
+    ],
+)
+def test_loading_runs_nothing_that_a_received_folder_names(finished, tmp_path, monkeypatch, changes):
+    (tmp_path / "evil").mkdir()
+    (tmp_path / "evil" / "__init__.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(os, "system", lambda *_: (tmp_path / "ran").touch())
+    shutil.copytree(finished, tmp_path / "x")
+    receive(tmp_path / "x", changes)
+    with pytest.raises(UserError):
+        delora.load(tmp_path / "x")
+    assert not (tmp_path / "ran").exists() and "evil" not in sys.modules
+
+
+class Mine(LoRA):
+    """A method of the person who loads."""
+
+
+def test_loading_takes_methods_that_the_caller_names(finished, tmp_path):
+    shutil.copytree(finished, tmp_path / "x")
+    receive(tmp_path / "x", {"method._target_": f"{__name__}.Mine"})
+    with pytest.raises(UserError, match=r"methods=\[Mine\]"):
+        delora.load(tmp_path / "x")
+    theirs, plain = delora.load(tmp_path / "x", methods=[Mine]), delora.load(finished)
+    assert {type(module.method) for _, module in theirs.adapted()} == {Mine}
+    ids = torch.arange(5, 15)[None]
+    assert torch.equal(theirs(input_ids=ids).logits, plain(input_ids=ids).logits)
+
+
+def test_loading_names_the_damaged_file(finished, tmp_path):
+    for name in (results.ADAPTER, results.RESULT):
+        folder = tmp_path / name
+        shutil.copytree(finished, folder)
+        data = bytearray((folder / name).read_bytes())
+        data[data.rindex(b"0.") if name == results.RESULT else -3] ^= 1
+        (folder / name).write_bytes(data)
+        with pytest.raises(UserError, match=f"{name}: damaged"):
+            delora.load(folder)
 
 
 def test_standard_protocol_reports_best_and_last_on_all_rows_of_mnli(tmp_path):

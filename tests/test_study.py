@@ -401,5 +401,5 @@ def test_a_plan_is_of_every_sweep(tmp_path):
 def test_no_line_holds_a_folder_of_one_machine(study, tmp_path, monkeypatch):
     assert all(not Path(result["config"]["data"]["dir"] or ".").is_absolute() for _, result, _ in study.restore(DOCS))
     monkeypatch.chdir(tmp_path)
-    result = {"id": "one", "config": {"seed": 42, "data": {"name": "glue", "dir": str(tmp_path / "glue")}}}
-    assert study.portable(result) == {"id": "one", "config": {"seed": 42, "data": {"name": "glue", "dir": "glue"}}}
+    result = {"schema": 1, "config": {"seed": 42, "data": {"name": "glue", "dir": str(tmp_path / "glue")}}}
+    assert study.portable(result) == {"schema": 1, "config": {"seed": 42, "data": {"name": "glue", "dir": "glue"}}}

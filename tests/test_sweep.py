@@ -1,5 +1,6 @@
 """Multiruns through the real command in real processes: fleets, interruptions, failures, other launchers."""
 
+import contextlib
 import itertools
 import json
 import os
@@ -7,12 +8,15 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import FEW, OFFLINE, RUN, SMALL, command, compose_trial
+import torch
+import transformers
+from conftest import FEW, OFFLINE, RUN, SMALL, command, compose_trial, load_script
 from hydra import initialize_config_dir
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
@@ -23,41 +27,18 @@ from safetensors.torch import load_file
 from delora import cost, overrides, results, sweep
 from delora.cli import conf_folder
 from delora.config import ConfigError, Trial
-from delora.sweep import Group, plan
+from delora.errors import UserError
+from delora.pretrained import byte_tokenizer
+from delora.run import Interrupted, Recorder, StateFile, read_state, write_state
+from delora.sweep import Group, Sweep, plan, run
 from hydra_plugins.delora_fleet import FleetLauncher
 
 GRID = ["method=delora,lora", "lr_factor=0.5,2", "seed=1,2", "name=s", "-m"]
 WANDB = ["logger=wandb", "logger.mode=offline"]
 QUICK = ["epochs=4", "log_every=1", "fleet.checkpoint_seconds=0"]  # a checkpoint after every step
-WRITES = 60  # of a sweep of GRID and QUICK, about, as they are seen from outside
 
-
-def scores(root: Path) -> dict[str, object]:
-    """All that a sweep found, less times, by trial; tensors as their bytes."""
-    found = results.find(root)
-    assert not found.problems and not found.unfinished
-    kept = {}
-    for trial in found.trials:
-        result = {k: v for k, v in trial.result.items() if k not in ("seconds", "fleet_size", "made_by")}
-        for key in ("fleet", "logger"):
-            result["config"].pop(key)
-        steps = [{k: v for k, v in step.items() if k != "seconds"} for step in trial.steps()]
-        tensors = {
-            name: {key: tensor.numpy().tobytes() for key, tensor in load_file(trial.folder / name).items()}
-            for name in (results.ADAPTER, results.PREDICTIONS)
-        }
-        kept[trial.folder.name] = (result, steps, list(trial.evaluations()), tensors)
-    return kept
-
-
-def times(root: Path) -> dict[str, int]:
-    return {path.parent.name: path.stat().st_mtime_ns for path in root.glob("*/result.json")}
-
-
-def written(root: Path) -> dict[str, int]:
-    """When each file that training writes was written last."""
-    names = ("*/metrics.jsonl", ".fleets/*/state.safetensors", "*/result.json")
-    return {str(path): path.stat().st_mtime_ns for name in names for path in root.glob(name)}
+crash_test = load_script("crash_test")
+everything, times, written = crash_test.everything, crash_test.times, crash_test.written
 
 
 def begin(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> subprocess.Popen[str]:
@@ -241,61 +222,42 @@ def test_the_same_name_with_another_config_is_refused_with_the_difference(tmp_pa
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """The folder of a sweep that nothing disturbed, and the seconds until its first step."""
+def whole(tmp_path_factory):
+    """What a sweep finds that nothing disturbed."""
     folder = tmp_path_factory.mktemp("whole")
-    start = time.monotonic()
-    process = begin(*SMALL, *QUICK, *GRID, *WANDB, cwd=folder)
-    wait_for(process, lambda: logged(folder / "outputs" / "s" / "*"))
-    seconds = time.monotonic() - start
-    _, errors = process.communicate(timeout=240)
-    assert process.returncode == 0, errors
-    return folder / "outputs" / "s", seconds
+    answer = command(*SMALL, *QUICK, *GRID, cwd=folder)
+    assert answer.returncode == 0, answer.stderr
+    return everything(folder / "outputs" / "s")
 
 
-@pytest.fixture(scope="module")
-def whole(undisturbed):
-    """What an undisturbed sweep finds."""
-    return scores(undisturbed[0])
+def test_killed_and_without_power_the_results_are_the_same_to_the_bit(tmp_path):
+    """With an encoder that was saved and loaded, dropout on. scripts/crash_test kills more often."""
+    encoder = tmp_path / "encoder"
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
+    config = transformers.BertConfig(vocab_size=261, max_position_embeddings=64, **shape)
+    torch.manual_seed(0)
+    transformers.BertForSequenceClassification(config).save_pretrained(encoder)
+    byte_tokenizer().save_pretrained(encoder)
+    words = [f"model.source={encoder}", "model=roberta_base", "model.shape=null", "epochs=3"]
+    script = [sys.executable, crash_test.__file__, "--output", tmp_path / "crash"]
+
+    def kill(times: int) -> str:
+        environment = os.environ | {"PYTHONPATH": str(Path(crash_test.__file__).parents[1])}
+        command = [*script, "--kills", str(times), *words]
+        answer = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280)
+        assert answer.returncode == 0, answer.stdout + answer.stderr
+        return answer.stdout.splitlines()[-1]
+
+    assert kill(3).startswith("3 kills") and (told := kill(5)).startswith("5 kills") and "0 mismatches" in told
+    assert "(2 kills in" in told and not told.endswith("0 then without power")
 
 
-def test_killed_at_random_moments_the_results_are_the_same_to_the_bit(tmp_path, undisturbed, whole, request, capsys):
-    wanted, seconds = request.config.getoption("--kills"), undisturbed[1]
-    draw, words = random.Random(wanted), [*SMALL, *QUICK, *GRID, *WANDB]
-    kills = {"while starting": 0, "while training": 0, "after the last result": 0}
-    for place in itertools.count():
-        folder = tmp_path / str(place)
-        root, ended = folder / "outputs" / "s", {}
-        folder.mkdir()
-        while len(ended) < len(whole) and sum(kills.values()) < wanted:
-            before = last = written(root)
-            process = begin(*words, cwd=folder)
-            writes, wait = draw.randrange(1, WRITES), draw.uniform(0, 0.1)
-            if draw.random() < 0.2:  # starting takes longer than all the rest
-                writes, wait = 0, draw.uniform(0, seconds)
-            while writes > 0 and len(times(root)) < len(whole) and process.poll() is None:
-                time.sleep(0.005)
-                now = written(root)
-                writes, last = writes - (now != last), now
-            time.sleep(wait)
-            process.kill()
-            process.communicate()
-            assert {name: at for name, at in times(root).items() if name in ended} == ended
-            ended = times(root)
-            begun = "while training" if written(root) != before else "while starting"
-            moment = "after the last result" if len(ended) == len(whole) else begun
-            kills[moment] += process.returncode == -signal.SIGKILL
-        answer = command(*words, cwd=folder)
-        assert answer.returncode == 0, answer.stderr
-        assert {name: at for name, at in times(root).items() if name in ended} == ended
-        assert scores(root) == whole
-        assert not (root / ".fleets").exists()
-        assert all(len(list(trial.glob("wandb/offline-run-*"))) == 1 for trial in root.glob("*-seed*"))
-        if sum(kills.values()) == wanted:
-            break
-    with capsys.disabled():
-        print(" killed", ", ".join(f"{count} times {moment}" for moment, count in kills.items()), end=" ")
-    assert kills["while training"]
+def test_what_the_crash_test_compares():
+    """A check that finds nothing in anything would find nothing."""
+    safe, there = b"one\ntwo\n", b"one\ntwo\nthree\n"
+    left = {crash_test.torn(there, safe, random.Random(seed)) for seed in range(200)}
+    assert there in left and safe in left and safe + bytes(6) in left and all(one.startswith(safe) for one in left)
+    assert {crash_test.torn(b"two\n", safe, random.Random(seed)) for seed in range(20)} == {safe, b"two\n"}
 
 
 def test_a_signal_saves_first(tmp_path, whole):
@@ -313,16 +275,241 @@ def test_a_signal_saves_first(tmp_path, whole):
         assert written(root)[str(state)] != files.get(str(state))
     answer = command(*words, cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
-    assert scores(root) == whole
+    assert everything(root) == whole
 
 
 def test_two_processes_share_a_sweep(tmp_path, whole):
     pair = [begin(*SMALL, *QUICK, *GRID, "fleet.size=2", cwd=tmp_path) for _ in range(2)]
     errors = [process.communicate(timeout=120)[1] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], errors
-    assert scores(tmp_path / "outputs" / "s").keys() == whole.keys()
+    assert everything(tmp_path / "outputs" / "s").keys() == whole.keys()
     assert all(trial.result["fleet_size"] == 2 for trial in results.find(tmp_path / "outputs" / "s").trials)
     assert any("in use by process" in error for error in errors)
+
+
+# --- What kills and disks leave
+
+
+PAIR = [*SMALL, *QUICK, "method=delora", "method.dropout=0.1", "sweep=s"]
+
+
+def pair(folder: Path, *words: str) -> list[Trial]:
+    """Two trials of one fleet."""
+    return [compose_trial(*PAIR, f"output_dir={folder}", f"seed={seed}", *words) for seed in (1, 2)]
+
+
+def interrupt(trials: list[Trial], monkeypatch, step: int = 6) -> Path:
+    """Trains until a signal comes in that step; the fleet's folder."""
+
+    def stop(recorder: Recorder, at: int, *others: object) -> None:
+        record(recorder, at, *others)
+        if at == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    record = Recorder.step
+    with monkeypatch.context() as patched:
+        patched.setattr(Recorder, "step", stop)
+        with pytest.raises(Interrupted):
+            run(trials)
+    [fleet] = (trials[0].folder.parent / ".fleets").iterdir()
+    return fleet
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """What the pair finds undisturbed."""
+    trials = pair(tmp_path_factory.mktemp("both"))
+    run(trials)
+    return everything(trials[0].folder.parent)
+
+
+@pytest.mark.parametrize("damage", ["none", "cut", "flipped", "gone", "state"])
+def test_a_log_that_lost_what_its_checkpoint_promised_begins_anew(tmp_path, both, damage, monkeypatch, caplog):
+    trials = pair(tmp_path)
+    fleet = interrupt(trials, monkeypatch)
+    log = trials[1].folder / results.METRICS
+    data = log.read_bytes()
+    assert len(data.splitlines()) == 8  # 6 steps, 2 evaluations
+    match damage:
+        case "cut":
+            log.write_bytes(data[: data.index(b"\n") + 1])
+        case "flipped":
+            log.write_bytes(data[:40] + bytes([data[40] ^ 1]) + data[41:])
+        case "gone":
+            shutil.rmtree(trials[1].folder)
+        case "state":
+            state = fleet / "state.safetensors"
+            state.write_bytes(state.read_bytes()[:-1] + b"\x7f")
+    assert [result["status"] for result in run(trials)] == ["done", "done"]
+    assert everything(trials[0].folder.parent).keys() == both.keys()
+    told = {"none": "", "state": "not a fleet's state"}.get(damage, f"{log} is not as the last checkpoint left it")
+    assert told in caplog.text and bool(told) == bool(caplog.text)
+    found, sizes = everything(trials[0].folder.parent), [r.result["fleet_size"] for r in results.find(tmp_path).trials]
+    anew = damage in ("cut", "flipped", "gone")
+    for trial in trials[: 1 if anew else 2]:
+        assert found[trial.folder.name] == both[trial.folder.name]
+    if anew:  # alone, so that its last digits are others
+        ours, theirs = (one[trials[1].folder.name] for one in (found, both))
+        assert [line["step"] for line in ours[1]] == [line["step"] for line in theirs[1]]
+        assert [line["epoch"] for line in ours[2]] == [line["epoch"] for line in theirs[2]]
+        for part in (1, 2):
+            assert [line["loss"] for line in ours[part]] == pytest.approx([line["loss"] for line in theirs[part]])
+    assert sizes.count(1) == anew and not fleet.parent.exists()
+
+
+@pytest.mark.parametrize("begun", [True, False])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        *(
+            "",
+            "{",
+            "null",
+            "[]",
+            '["a"]',
+            "[1, 2]",
+            '{"a": 1}',
+            '"text"',
+            '["../x", "y"]',
+            '["\\ud800"]',
+            "[" * 100_000,
+        ),
+        *("folder", "pipe", "link", "gone"),
+    ],
+)
+def test_damaged_trials_of_a_fleet_are_set_aside(tmp_path, caplog, damage, begun):
+    trials = pair(tmp_path)
+    group = Group(tuple(trials))
+    group.keep()
+    if begun:
+        about = {"folders": [trial.folder.name for trial in trials]}
+        write_state(group.state, tmp_path, {"values": torch.ones(2, 3)}, about)
+    path = group.folder / "trials.json"
+    path.unlink()
+    match damage:
+        case "folder":
+            path.mkdir()
+        case "pipe":
+            os.mkfifo(path)
+        case "link":
+            path.symlink_to("/dev/zero")
+        case "gone":
+            pass
+        case _:
+            path.write_text(damage)
+    sweep = Sweep(trials)
+    assert [len(one.trials) for one in plan(trials, sweep.trials)] == [2]
+    sweep._tidy()
+    assert [one.state.exists() for one in plan(trials, sweep.trials)] == [begun]
+    if begun:  # the state knows its trials
+        assert json.loads(path.read_text()) == [trial.folder.name for trial in trials]
+        assert damage == "gone" or (f"{path}: damaged" in caplog.text and (group.folder / "trials.json.old-1").exists())
+    else:
+        assert not group.folder.exists()
+        assert damage == "gone" or group.folder.with_name(f"{group.folder.name}.old-1").exists()
+    caplog.clear()
+    sweep._tidy()
+    assert not caplog.text
+
+
+def test_no_flipped_bit_of_a_state_is_taken(tmp_path):
+    path, draw = tmp_path / "state.safetensors", random.Random(0)
+    tensors = {"values": torch.arange(6.0).view(2, 3), "alive": torch.tensor([True, False]), "step": torch.tensor(7)}
+    write_state(path, tmp_path, tensors, {"folders": ["a", "b"], "scored": 3})
+    data, wanted = path.read_bytes(), repr(read_state(path))
+    assert "arange" not in wanted and wanted != "None"
+    for place in range(len(data)):
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << draw.randrange(8)]) + data[place + 1 :])
+        stored = read_state(path)
+        assert stored is None or same(stored, tensors)
+    os.unlink(path)
+    os.mkfifo(path)
+    assert read_state(path) is None
+
+
+def same(stored: tuple[dict, dict], tensors: dict[str, torch.Tensor]) -> bool:
+    equal = all(torch.equal(stored[0][name], tensor) for name, tensor in tensors.items())
+    return equal and stored[0].keys() == tensors.keys() and stored[1] == {"folders": ["a", "b"], "scored": 3}
+
+
+def test_what_a_kill_after_the_last_result_leaves_is_mended_by_the_same_command(tmp_path, monkeypatch):
+    """The fleet's folder, and the sweep's summary, which wandb did not get."""
+    monkeypatch.delenv("WANDB_DIR", raising=False)
+    trials = pair(tmp_path, *WANDB, "lr_factor=2")
+    root = trials[0].folder.parent
+
+    class Kill(BaseException):
+        pass
+
+    def kill(_: StateFile) -> None:
+        raise Kill
+
+    with monkeypatch.context() as patched, pytest.raises(Kill):
+        patched.setattr(StateFile, "delete", kill)
+        run(trials)
+    assert len(times(root)) == 2 and list(root.glob(".fleets/*/state.safetensors"))
+    assert not list(root.glob("wandb/*summary*"))
+    before = times(root)
+    run(trials)
+    assert times(root) == before and not (root / ".fleets").exists()
+    assert len(list(root.glob("wandb/offline-run-*summary*"))) == 1
+    run(trials)
+    assert len(list(root.glob("wandb/offline-run-*summary*"))) == 1
+
+
+# --- What leaves no folder
+
+
+TARGETS = ["delora.methods.nosuch.X", "delora.methods.lora.Nope", "delora.methods.base.Method", "os.system", "nosuch.X"]
+TARGETS += ["delora.methods.lora.Tensor", "builtins.print", "collections.OrderedDict", "delora.nosuch", "antigravity.x"]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *([f"method._target_={target}"] for target in TARGETS),
+        *(["data.rows.validation=1"], ["batch_size=65"], ["method.targets=[pooler.nosuch]", "model.shape=null"]),
+        *(["+method.nosuch=1"], ["method.lambda_init=null"], ["output_dir=OUT/file/deeper"]),
+    ],
+)
+@pytest.mark.parametrize("size", ["null", "1"])
+def test_an_error_found_before_training_leaves_no_folder(tmp_path, words, size, both):
+    (tmp_path / "file").touch()
+    if "model.shape=null" in words:
+        words = [*words, "model=minilm"]
+    words = [word.replace("OUT", str(tmp_path)) for word in words]
+    try:
+        trials = pair(tmp_path / "outputs" / "deeper", f"fleet.size={size}", *words)
+        single = compose_trial(*PAIR[:-1], f"output_dir={tmp_path / 'outputs'}", f"fleet.size={size}", *words)
+    except ConfigError:
+        return  # found even earlier
+    with pytest.raises(UserError):
+        run([single])
+    with contextlib.suppress(UserError):
+        assert run(trials) == [None, None]
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_error_of_one_fleet_leaves_others_as_they_are(tmp_path, both):
+    good, bad = pair(tmp_path), pair(tmp_path, "data.rows.validation=1")
+    assert [bool(result) for result in run([*good, *bad])] == [True, True, False, False]
+    assert everything(tmp_path / "s") == both and len(list((tmp_path / "s").iterdir())) == 2
+    assert [bool(result) for result in run([*good, *bad])] == [True, True, False, False]
+
+
+# --- Folders of strangers
+
+
+@pytest.mark.parametrize("link", ["s", "s/.fleets", "trial"])
+def test_a_sweep_writes_through_no_link(tmp_path, link):
+    trials, elsewhere = pair(tmp_path / "outputs"), tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    place = trials[0].folder if link == "trial" else tmp_path / "outputs" / link
+    place.parent.mkdir(parents=True)
+    place.symlink_to(elsewhere)
+    with contextlib.suppress(UserError):
+        assert run(trials)[0] is None
+    assert not list(elsewhere.iterdir()) and place.is_symlink()
 
 
 # --- Failures

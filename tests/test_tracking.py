@@ -260,6 +260,21 @@ def test_a_folder_that_cannot_be_written_breaks_only_its_run(tmp_path, warnings)
     assert "could not start" in warning and "bad/wandb" in warning
 
 
+def test_nothing_goes_through_a_link_of_a_received_folder(tmp_path, warnings):
+    (tmp_path / "elsewhere").mkdir()
+    for name, link in (("bad", "wandb"), ("dotted", ".wandb"), ("good", "other")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / link).symlink_to(tmp_path / "elsewhere")
+    with Tracking("offline", "p") as wandb:
+        trackers = [wandb.start(name, CONFIG, tmp_path / name) for name in ("bad", "dotted", "good")]
+        log_steps(trackers, range(5))
+        for tracker in trackers:
+            tracker.finish("done", {})
+    assert not list((tmp_path / "elsewhere").iterdir())
+    assert Run(tmp_path / "good").curve("train/loss") == curve(2, 5)
+    assert [warning.partition(" is not tracked")[0] for warning in warnings()] == ["bad", "dotted"]
+
+
 def test_a_broken_installation(tmp_path, monkeypatch, warnings):
     (tmp_path / "wandb.py").write_text("raise ImportError('libwandb.so: wrong ELF class')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))

@@ -82,18 +82,16 @@ def report(options: argparse.Namespace) -> None:
         print(f"note: {note}", file=sys.stderr)
 
     folder = options.output or _common(options.folders) / "report"
+    if options.output and folder.is_symlink():  # it is named by the user, not by a folder of results
+        folder = folder.resolve()
     made = tables.all_tables(panels) if options.only != "curves" else []
     written: list[Path] = []
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if options.only in (None, "curves"):
-            written += curves.draw(panels, folder, options.layer, options.factor)
-        if options.only in (None, "table"):
-            written += tables.write(made, folder)
-        if options.only in (None, "page"):
-            written.append(page.write(folder / "index.html", panels, made, notes, options.layer, options.factor))
-    except OSError as error:
-        raise UserError(f"{error.filename or folder}: cannot be written: {error.strerror}") from None
+    if options.only in (None, "curves"):
+        written += curves.draw(panels, folder, options.layer, options.factor)
+    if options.only in (None, "table"):
+        written += tables.write(made, folder)
+    if options.only in (None, "page"):
+        written.append(page.write(folder / "index.html", panels, made, notes, options.layer, options.factor))
     printed = {None: [table for table in made if table.name.startswith("scores")], "table": made}
     print("\n".join(tables.FORMS[options.format][1](table) for table in printed.get(options.only, [])), end="")
     for path in written:

@@ -1,5 +1,6 @@
 """Pictures of the curves, as PNG, SVG and PDF. Matplotlib is imported only when something is drawn."""
 
+import io
 import itertools
 import math
 import re
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from delora import results
 from delora.report import statistics
 from delora.report.statistics import Curve, Panel
 from delora.report.tables import number, task_name
@@ -177,7 +179,9 @@ def draw(
             figure.set_layout_engine("none")  # the layout is found once for all formats
             for kind in formats:
                 files.append(folder / f"{name}.{kind}")
-                figure.savefig(files[-1], metadata=METADATA[kind])
+                drawn = io.BytesIO()
+                figure.savefig(drawn, format=kind, metadata=METADATA[kind])
+                results.replace(files[-1], drawn.getvalue())
     return files
 
 

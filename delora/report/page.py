@@ -62,7 +62,7 @@ def write(
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     head, *rest = page.split("<!--FILL ")  # in one pass: what is filled in may look like a place to fill
     filled = head + "".join(parts[name] + text for name, _, text in (piece.partition("-->") for piece in rest))
-    path.write_text(filled, encoding="utf-8")
+    results.replace(path, filled.encode())
     return path
 
 

@@ -3,14 +3,16 @@
 A trial's folder holds
     config.yaml              its resolved config
     metrics.jsonl            a line per `Step` and per `Evaluation`, numbers that are not finite as null
-    result.json              a `Result`, written last: its `status` alone says how the trial ended
+    result.json              a `Result`, written last: its `status` alone says how the trial ended, its hashes what
+                             the files beside it have to be
     adapter.safetensors      the best adapter with the head
     predictions.safetensors  logits of that checkpoint
     log.txt                  what happened, with the traceback of a trial that failed
 Files other than the two that grow are replaced whole: a reader sees the old one or the new one, never a part.
+Nothing is written through a link, nothing but regular files is read.
 """
 
-from delora.results.files import ResultsError, replace
+from delora.results.files import Folder, ResultsError, content, replace
 from delora.results.made_by import cpu_name, provenance
 from delora.results.reading import Found, StoredTrial, find, finished, read, read_tensors, stored_config
 from delora.results.schema import (
@@ -23,6 +25,7 @@ from delora.results.schema import (
     SCHEMA,
     Checkpoint,
     Evaluation,
+    Extent,
     MadeBy,
     Origin,
     Parameters,
@@ -33,6 +36,7 @@ from delora.results.schema import (
     Tokens,
     differences,
     flatten,
+    without_hashes,
 )
 from delora.results.writing import WAYS_ON, ConfigChanged, InUse, TrialFolder, open_trial, set_aside
 
@@ -48,6 +52,8 @@ __all__ = [
     "Checkpoint",
     "ConfigChanged",
     "Evaluation",
+    "Extent",
+    "Folder",
     "Found",
     "InUse",
     "MadeBy",
@@ -61,6 +67,7 @@ __all__ = [
     "StoredTrial",
     "Tokens",
     "TrialFolder",
+    "content",
     "cpu_name",
     "differences",
     "find",
@@ -73,4 +80,5 @@ __all__ = [
     "replace",
     "set_aside",
     "stored_config",
+    "without_hashes",
 ]

@@ -1,6 +1,8 @@
 """What result.json and metrics.jsonl hold, and how two configs compare."""
 
 import functools
+import hashlib
+import json
 import math
 from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, cast
@@ -10,7 +12,8 @@ from typing_extensions import TypedDict
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
 
-SCHEMA = 1
+SCHEMA = 2
+WITHOUT_HASHES = 1  # the schema of results whose files have no stored hash
 CONFIG, METRICS, RESULT, LOG = "config.yaml", "metrics.jsonl", "result.json", "log.txt"
 ADAPTER, PREDICTIONS = "adapter.safetensors", "predictions.safetensors"
 
@@ -77,7 +80,10 @@ class MadeBy(TypedDict):
 
 
 class Result(TypedDict):
-    """result.json. `best` and `last` are null where nothing was scored before the trial broke off."""
+    """result.json. `best` and `last` are null where nothing was scored before the trial broke off.
+
+    `files` holds the sha256 of each file beside it that the trial ended with, `sha256` that of all the rest of it.
+    """
 
     schema: int
     id: str
@@ -95,6 +101,15 @@ class Result(TypedDict):
     tokens: Tokens
     fleet_size: int
     made_by: MadeBy
+    files: NotRequired[dict[str, str]]
+    sha256: NotRequired[str]
+
+
+class Extent(TypedDict):
+    """How far metrics.jsonl is: its size in bytes, and their sha256."""
+
+    size: int
+    sha256: str
 
 
 class Step(TypedDict):
@@ -134,13 +149,15 @@ def checked(value: Any) -> Result:
 
     if not isinstance(value, dict) or "schema" not in value:
         raise ValueError("not a result of delora-run")
-    if value["schema"] != SCHEMA:
+    if value["schema"] not in (WITHOUT_HASHES, SCHEMA):
         raise ValueError(f"schema {value['schema']!r}, this version reads {SCHEMA}")
     try:
         result = _schema().validate_python(value, strict=True)
     except ValidationError as error:
         faults = [f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors()]
         raise ValueError("; ".join(faults)) from None
+    if result["schema"] == SCHEMA and not ("files" in result and result.get("sha256") == digest(value)):
+        raise ValueError("damaged: its content has another sha256 than when it was written")
     if result["status"] == "done" and not (result["best"] and result["last"]):
         raise ValueError("status is done, but there is no best or last score")
     if (result["status"] == "diverged") != (result["diverged_step"] is not None):
@@ -150,6 +167,18 @@ def checked(value: Any) -> Result:
         if checkpoint and result["headline"] not in checkpoint["validation"]:
             raise ValueError(f"{place}.validation lacks the headline metric {result['headline']}")
     return cast(Result, value)
+
+
+def digest(result: Mapping[str, Any]) -> str:
+    """The sha256 of a result's content but `sha256`, whatever the order of its keys."""
+    content = {key: value for key, value in result.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def without_hashes(result: Result) -> Result:
+    """The result as one that vouches neither for its own content nor for files beside it, to be changed or moved."""
+    kept = {key: value for key, value in result.items() if key not in ("files", "sha256")}
+    return cast(Result, {**kept, "schema": WITHOUT_HASHES})
 
 
 def plain(value: Any) -> Any:

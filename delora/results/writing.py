@@ -1,7 +1,9 @@
 """The folder of a trial while it is trained."""
 
 import contextlib
+import errno
 import fcntl
+import hashlib
 import itertools
 import json
 import logging
@@ -15,8 +17,8 @@ from typing import TYPE_CHECKING, Any, Self
 import yaml  # type: ignore[import-untyped]
 
 from delora.errors import UserError
-from delora.results.files import ResultsError, explain, replace_in, write
-from delora.results.reading import YAML_LOADER
+from delora.results.files import LOG_LIMIT, Folder, ResultsError, explain, write
+from delora.results.reading import parse_config, parse_result
 from delora.results.schema import (
     ADAPTER,
     CONFIG,
@@ -24,9 +26,12 @@ from delora.results.schema import (
     METRICS,
     PREDICTIONS,
     RESULT,
+    SCHEMA,
+    Extent,
     Result,
     checked,
     differences,
+    digest,
     plain,
 )
 
@@ -62,13 +67,14 @@ class TrialFolder:
         left_over: an earlier process began this trial and did not finish it: `restart`, or `rewind` to go on.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any]):
-        self.path = path
+    def __init__(self, path: Path, config: dict[str, Any], root: Path | None):
+        self.path, self.root = path, root
         self.config = config
         self.finished: Result | None = None
         self.left_over = False
         self._handles = contextlib.ExitStack()
-        self._folder = -1  # file descriptor
+        self._hashes: dict[str, str] = {}  # of the files that `save` wrote
+        self._forget_log()
 
     def __enter__(self) -> Self:
         return self
@@ -79,58 +85,71 @@ class TrialFolder:
     def close(self) -> None:
         """Gives the folder free for other processes."""
         self._handles.close()
-        self._folder = -1
+
+    def withdraw(self) -> None:
+        """Removes the folder if it was made for this trial and nothing happened in it."""
+        files = {CONFIG, METRICS, LOCK}
+        with contextlib.suppress(OSError):
+            if self._folder.made and not self._log_size and files.issuperset(os.listdir(self._folder.descriptor)):
+                for name in files:
+                    self._folder.remove(name)
+                os.rmdir(self.path)
 
     def restart(self) -> None:
         """Forgets what an earlier process recorded, all but the log."""
         with self._writing(RESULT):  # first: a failed trial that begins anew is not failed
             for name in (RESULT, ADAPTER, PREDICTIONS):
+                self._hashes.pop(name, None)
                 with contextlib.suppress(FileNotFoundError):
-                    os.unlink(name, dir_fd=self._folder)
+                    os.unlink(name, dir_fd=self._folder.descriptor)
         self._cut(METRICS, 0)
+        self._forget_log()
 
-    def rewind(self, step: int, epoch: int) -> list[Any]:
-        """Keeps the `Step`s up to `step` and the `Evaluation`s up to `epoch`, from where the trial goes on.
+    def holds(self, extent: Extent | None) -> bool:
+        """Whether metrics.jsonl begins with what it held when a checkpoint was made; None: it was not recorded."""
+        if extent is None:
+            return False
+        with self._writing(METRICS):
+            data = self._folder.read(METRICS, LOG_LIMIT)[: extent["size"]]
+        return len(data) == extent["size"] and hashlib.sha256(data).hexdigest() == extent["sha256"]
+
+    def rewind(self, extent: Extent) -> list[Any]:
+        """Keeps what metrics.jsonl held when a checkpoint was made, from where the trial goes on.
 
         Returns:
-            What is kept.
+            What is kept: `Step`s and `Evaluation`s.
         """
-        kept, size = [], 0
+        self._cut(METRICS, extent["size"])
         with self._writing(METRICS):
-            data = self._read(METRICS)
-        for number, line in enumerate(data.splitlines(keepends=True), start=1):
-            if not line.endswith(b"\n"):
-                break  # torn by the end of the earlier process
-            try:
-                record = json.loads(line)
-                later = record["epoch"] > epoch if record["kind"] == "evaluation" else record["step"] > step
-            except (ValueError, KeyError, TypeError):
-                where = f"{self.path / METRICS}, line {number}"
-                raise ResultsError(f"{where}: damaged. Delete the folder to run the trial anew.") from None
-            if later:
-                break
-            kept.append(record)
-            size += len(line)
-        self._cut(METRICS, size)
-        return kept
+            data = self._folder.read(METRICS, LOG_LIMIT)
+        self._forget_log()
+        self._remember(data)
+        return [json.loads(line) for line in data.splitlines()]
+
+    def sync(self) -> Extent:
+        """Has what was recorded on disk, for a checkpoint that says how far the trial is."""
+        with self._writing(METRICS):
+            self._sync()
+        return {"size": self._log_size, "sha256": self._log_hash.hexdigest()}
 
     def record(self, line: Mapping[str, Any]) -> None:
         """Adds a `Step` or an `Evaluation` to metrics.jsonl."""
         data = (json.dumps(plain(line), allow_nan=False) + "\n").encode()
-        with self._writing(METRICS), self._opened(METRICS, os.O_WRONLY | os.O_APPEND) as file:
+        with self._writing(METRICS), self._folder.opened(METRICS, os.O_WRONLY | os.O_APPEND) as file:
             whole = os.fstat(file).st_size
             try:
                 write(file, data)
             except OSError:
                 os.ftruncate(file, whole)
                 raise
+        self._remember(data)
 
     def save(self, name: str, data: bytes) -> None:
         """Writes a file whole, or leaves the earlier one. What was recorded before is on disk before."""
         with self._writing(name):
-            with self._opened(METRICS, os.O_WRONLY) as file:
-                os.fsync(file)
-            replace_in(self._folder, name, data)
+            self._sync()
+            self._folder.replace(name, data)
+        self._hashes[name] = hashlib.sha256(data).hexdigest()
 
     def save_tensors(self, name: str, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> None:
         """Writes named tensors, any shape, as a safetensors file."""
@@ -140,12 +159,13 @@ class TrialFolder:
         self.save(name, safetensors.torch.save(contiguous, dict(metadata)))
 
     def finish(self, result: Result) -> None:
-        """Writes result.json, after which the trial is over.
+        """Writes result.json with the hashes of the files beside it, after which the trial is over.
 
         Raises:
             ValueError: the result is not valid, or is not of this folder's config.
         """
-        valid = checked(plain(result))
+        whole = {**plain(result), "schema": SCHEMA, "files": {**self._hashes, METRICS: self._log_hash.hexdigest()}}
+        valid = checked({**whole, "sha256": digest(whole)})
         if valid["config"] != self.config:
             raise ValueError(f"{self.path}: the result is of another config")
         self.save(RESULT, (json.dumps(valid, indent=1, allow_nan=False) + "\n").encode())
@@ -156,39 +176,37 @@ class TrialFolder:
         """Adds to log.txt, with the time. Never raises: it also tells of failures to write."""
         entry = f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text.rstrip()}\n"
         try:
-            with self._opened(LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT) as file:
+            with self._folder.opened(LOG, os.O_WRONLY | os.O_APPEND | os.O_CREAT) as file:
                 write(file, entry.encode(errors="replace"))
         except OSError as error:
             logger.warning("%s", explain(self.path / LOG, error))
 
     def _open(self, ignore: Collection[str]) -> None:
         """Takes the folder, or finds it finished."""
-        self._make()
-        self._refuse_foreign()
-        self._compare(ignore)
-        if not self.finished:
-            _lock(self._handles, self._folder, self.path)
-            self._compare(ignore)  # another process may have finished it just before
+        while True:
+            self._folder = Folder(self.path, self.root)
+            self._handles.callback(self._folder.close)
+            self._refuse_foreign()
+            self._compare(ignore)
+            if self.finished:
+                return self.close()
+            with self._writing(LOCK):
+                _lock(self._handles, self._folder, self.path)
+            if self._folder.is_in_place():
+                break
+            self.close()  # another process has withdrawn it just then
+        self._compare(ignore)  # another process may have finished it just before
         if self.finished:
-            self.close()
-            return
-        with self._opened(METRICS, os.O_WRONLY | os.O_CREAT):
+            return self.close()
+        with self._writing(METRICS), self._folder.opened(METRICS, os.O_WRONLY | os.O_CREAT):
             pass
-        for name in os.listdir(self._folder):
+        for name in os.listdir(self._folder.descriptor):
             if name.startswith(".") and name.endswith(".tmp"):
-                os.unlink(name, dir_fd=self._folder)
+                self._folder.remove(name)
         self.save(CONFIG, yaml.dump(self.config, Dumper=_YAML_DUMPER, sort_keys=False, allow_unicode=True).encode())
 
-    def _make(self) -> None:
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._folder = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
-        except (FileExistsError, NotADirectoryError) as error:
-            raise UserError(f"{error.filename} is a file, not a folder. Choose another name=...") from None
-        self._handles.callback(os.close, self._folder)
-
     def _refuse_foreign(self) -> None:
-        names = os.listdir(self._folder)
+        names = os.listdir(self._folder.descriptor)
         others = [name for name in sorted(names) if name not in OURS and not name.startswith(".")]
         if CONFIG not in names and others:
             listed = ", ".join(others[:3]) + (", ..." if len(others) > 3 else "")
@@ -197,13 +215,11 @@ class TrialFolder:
     def _compare(self, ignore: Collection[str]) -> None:
         """Compares with what the folder holds; sets `finished` and `left_over`."""
         try:
-            stored = yaml.load(self._read(CONFIG), Loader=YAML_LOADER)
+            stored = parse_config(self._folder.read(CONFIG))
         except FileNotFoundError:
             return
-        except (yaml.YAMLError, ValueError):
-            stored = None
-        if not isinstance(stored, dict):
-            raise UserError(f"{self.path / CONFIG} is no config of a trial. Choose another name=...")
+        except (ValueError, OSError) as error:
+            raise UserError(f"{self.path / CONFIG}: {_reason(error)}. Choose another name=...") from None
         changes = differences(stored, self.config, ignore)
         if changes:
             more = [f"  and {len(changes) - 20} more"] if len(changes) > 20 else []
@@ -211,30 +227,29 @@ class TrialFolder:
             raise ConfigChanged(f"{told}\n{WAYS_ON}")
         self.left_over = True
         try:
-            result = checked(json.loads(self._read(RESULT)))
+            result = parse_result(self._folder.read(RESULT))
         except FileNotFoundError:
             return
-        except (ValueError, RecursionError) as error:
+        except (ValueError, OSError) as error:
             advice = "Choose another name=..., or delete the folder to run the trial anew."
-            raise UserError(f"{self.path / RESULT}: {error}. {advice}") from None
+            raise UserError(f"{self.path / RESULT}: {_reason(error)}. {advice}") from None
         if result["status"] != "failed":
             self.finished, self.left_over = result, False
 
-    def _read(self, name: str) -> bytes:
-        with self._opened(name, os.O_RDONLY) as file, open(file, "rb", closefd=False) as stream:
-            return stream.read()
+    def _forget_log(self) -> None:
+        self._log_size, self._log_hash = 0, hashlib.sha256()
+
+    def _remember(self, data: bytes) -> None:
+        self._log_size += len(data)
+        self._log_hash.update(data)
+
+    def _sync(self) -> None:
+        with self._folder.opened(METRICS, os.O_WRONLY) as file:
+            os.fsync(file)
 
     def _cut(self, name: str, size: int) -> None:
-        with self._writing(name), self._opened(name, os.O_WRONLY) as file:
+        with self._writing(name), self._folder.opened(name, os.O_WRONLY) as file:
             os.ftruncate(file, size)
-
-    @contextlib.contextmanager
-    def _opened(self, name: str, flags: int) -> Iterator[int]:
-        file = os.open(name, flags, 0o666, dir_fd=self._folder)
-        try:
-            yield file
-        finally:
-            os.close(file)
 
     @contextlib.contextmanager
     def _writing(self, name: str) -> Iterator[None]:
@@ -246,18 +261,22 @@ class TrialFolder:
             raise ResultsError(explain(self.path / name, error)) from error
 
 
-def open_trial(path: Path | str, config: Mapping[str, Any], ignore: Collection[str] = ()) -> TrialFolder:
+def open_trial(
+    path: Path | str, config: Mapping[str, Any], ignore: Collection[str] = (), root: Path | None = None
+) -> TrialFolder:
     """Opens the folder of a trial, making it where there is none, and holds it for this process.
 
     Args:
         config: the resolved config.
         ignore: dotted keys or groups ("logger") that may differ from an earlier run of the same trial.
+        root: of `files.Folder`.
 
     Raises:
-        UserError: another process holds the folder; it holds a trial with another config, or foreign files.
+        UserError: another process holds the folder; it holds a trial with another config, or foreign files; a part
+            of its path is a link.
         ResultsError: it cannot be made or written.
     """
-    folder = TrialFolder(Path(path), plain(config))
+    folder = TrialFolder(Path(path), plain(config), root)
     with contextlib.ExitStack() as on_failure:
         on_failure.callback(folder.close)
         try:
@@ -268,9 +287,16 @@ def open_trial(path: Path | str, config: Mapping[str, Any], ignore: Collection[s
     return folder
 
 
-def _lock(handles: contextlib.ExitStack, folder: int, path: Path) -> None:
+def _reason(error: ValueError | OSError) -> str:
+    """Why a file cannot be read; a link is not followed to where a stranger's folder may want it."""
+    if isinstance(error, OSError):
+        return "a link, which is not followed" if error.errno == errno.ELOOP else error.strerror or str(error)
+    return str(error)
+
+
+def _lock(handles: contextlib.ExitStack, folder: Folder, path: Path) -> None:
     """Locks the folder. The system releases the lock when the process ends, however it ends."""
-    file = os.open(LOCK, os.O_RDWR | os.O_CREAT, 0o666, dir_fd=folder)
+    file = folder.open(LOCK, os.O_RDWR | os.O_CREAT)
     handles.callback(os.close, file)
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -284,7 +310,7 @@ def _lock(handles: contextlib.ExitStack, folder: int, path: Path) -> None:
 
 
 def set_aside(path: Path) -> Path:
-    """Renames a folder to one that is free, path.old-1 and so on; returns that."""
-    free = next(p for n in itertools.count(1) if not (p := path.with_name(f"{path.name}.old-{n}")).exists())
+    """Renames a folder or file to a name that is free, path.old-1 and so on; returns that."""
+    free = next(p for n in itertools.count(1) if not os.path.lexists(p := path.with_name(f"{path.name}.old-{n}")))
     path.rename(free)
     return free
