@@ -25,7 +25,7 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cached_property
@@ -50,7 +50,7 @@ TESTS = {
     "delora/train.py": ["train", "run"],
     "delora/optim.py": ["optim", "train"],
     "delora/randomness.py": ["attention", "train", "model"],
-    "delora/data/batches.py": ["train", "model", "run"],
+    "delora/data/batches.py": ["batches", "train", "run"],
     "delora/data/splits.py": ["splits"],
     "delora/metrics.py": ["metrics", "train"],
     "delora/results/*.py": ["results", "report", "run", "sweep"],
@@ -214,14 +214,18 @@ class Trees:
 
 
 class Chosen:
-    """A plugin of pytest: runs the tests of these names in this order, and keeps the name of the one that failed."""
+    """A plugin of pytest: runs the tests of these names in this order, and keeps the name of the one that failed.
 
-    def __init__(self, names: list[str]):
-        self.places = {name: i for i, name in enumerate(names)}
+    Tests that nothing is known of run before them.
+    """
+
+    def __init__(self, names: list[str], known: Container[str]):
+        self.places, self.known = {name: i for i, name in enumerate(names)}, known
         self.failed: str | None = None
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items[:] = sorted((i for i in items if i.nodeid in self.places), key=lambda i: self.places[i.nodeid])
+        chosen = (item for item in items if item.nodeid in self.places or item.nodeid not in self.known)
+        items[:] = sorted(chosen, key=lambda item: self.places.get(item.nodeid, -1))
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed and self.failed is None:
@@ -304,9 +308,9 @@ def pytest_in(tree: Path, plugin: object, files: Iterable[str], *options: str) -
     return int(pytest.main([*words, *(f"tests/test_{name}.py" for name in files)], plugins=[plugin]))
 
 
-def run_mutant(tree: Path, files: list[str], names: list[str]) -> dict[str, Any]:
-    chosen = Chosen(names)
-    status = pytest_in(tree, chosen, files, "-x")
+def run_mutant(tree: Path, job: "Job") -> dict[str, Any]:
+    chosen = Chosen(job.names, job.tests)
+    status = pytest_in(tree, chosen, job.files, "-x")
     return {"caught": status != 0, "by": chosen.failed or f"pytest ends with status {status}"}
 
 
@@ -379,16 +383,16 @@ class Known:
         with self._lines.open("a") as file:
             file.write(json.dumps(stored) + "\n")
 
-    def tests(self, file: str) -> dict[str, Any]:
-        """What `measure` found of a file of tests; empty where it has changed since."""
-        path = self._measured(file)
-        return json.loads(path.read_text()) if path.exists() else {}
+    def tests(self, file: str, old: bool) -> dict[str, Any]:
+        """What `measure` found of a file of tests; empty where it has changed since, unless `old` will do."""
+        path = self._folder / f"tests-{file}.json"
+        stored = json.loads(path.read_text()) if path.exists() else {}
+        same = stored and stored["hash"] == self.hash(f"tests/test_{file}.py", *HELPERS)
+        return stored["tests"] if stored and (same or old) else {}
 
     def keep_tests(self, file: str, tests: dict[str, Any]) -> None:
-        self._measured(file).write_text(json.dumps(tests))
-
-    def _measured(self, file: str) -> Path:
-        return self._folder / f"tests-{file}-{self.hash(f'tests/test_{file}.py', *HELPERS)[:16]}.json"
+        stored = {"hash": self.hash(f"tests/test_{file}.py", *HELPERS), "tests": tests}
+        (self._folder / f"tests-{file}.json").write_text(json.dumps(stored))
 
     def hash(self, *files: str) -> str:
         return digest(*((self._root / file).read_text() for file in files))
@@ -429,8 +433,8 @@ def no_change() -> dict[tuple[str, str, str, str], str]:
     return {tuple(str(entry[key]).strip() for key in keys): entry["reason"] for entry in entries}
 
 
-def measure_tests(files: list[str], trees: Trees, known: Known) -> None:
-    waiting, running = [file for file in files if not known.tests(file)], dict[str, Child]()
+def measure_tests(files: list[str], trees: Trees, known: Known, old: bool) -> None:
+    waiting, running = [file for file in files if not known.tests(file, old)], dict[str, Child]()
     while waiting or running:
         for tree in trees.paths:
             if waiting and tree not in [child.tree for child in running.values()]:
@@ -466,7 +470,7 @@ def run_mutants(jobs: list[Job], trees: Trees, known: Known) -> None:
             if waiting and tree not in [child.tree for _, child in running]:
                 job = waiting.pop(0)
                 (tree / job.mutant.file).write_text(job.mutant.code)
-                work = lambda tree=tree, job=job: run_mutant(tree, job.files, job.names)  # noqa: E731
+                work = lambda tree=tree, job=job: run_mutant(tree, job)  # noqa: E731
                 running.append((job, Child(tree, job.limit, work)))
         for job, child in list(running):
             if child.ended():
@@ -519,6 +523,7 @@ def main() -> None:
     parser.add_argument("--sample", type=int, default=300, help="how many places, of all modules (default 300)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default 0)")
     parser.add_argument("--jobs", type=int, default=2, help="mutants at the same time (default 2)")
+    parser.add_argument("--old", action="store_true", help="do not measure again which functions changed tests reach")
     parser.add_argument("--list", action="store_true", help="run nothing, print the sample")
     options = parser.parse_args()
 
@@ -539,10 +544,10 @@ def main() -> None:
         files_of = {
             m.file: [f for glob, files in TESTS.items() if fnmatch(m.file, glob) for f in files] for m in chosen
         }
-        measure_tests(sorted({file for files in files_of.values() for file in files}), trees, known)
+        measure_tests(sorted({file for files in files_of.values() for file in files}), trees, known, options.old)
         jobs = []
         for mutant in chosen:
-            tests = {name: test for file in files_of[mutant.file] for name, test in known.tests(file).items()}
+            tests = {name: test for file in files_of[mutant.file] for name, test in known.tests(file, old=True).items()}
             jobs.append(Job(mutant, files_of[mutant.file], tests))
         run_mutants(jobs, trees, known)
     sys.exit(0 if report(jobs, known) else 1)
