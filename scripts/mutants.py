@@ -19,7 +19,9 @@ import hashlib
 import importlib
 import itertools
 import json
+import math
 import os
+import resource
 import shutil
 import signal
 import sys
@@ -60,7 +62,9 @@ TESTS = {
 HELPERS = ("tests/conftest.py", "tests/fake_trials.py", "tests/small_hub.py")  # which tests are made of
 CAUGHT_AT_LEAST = 0.95  # of the mutants that change behaviour
 BUDGET = 60  # seconds of tests that a mutant is put to, of those that reach it, as they take without it
-SECONDS = (120, 10)  # a mutant's time: so many, and so many times what its tests take without it
+# A mutant's time: so many seconds, and so many times what its tests take without it.
+PROCESSOR_SECONDS, SECONDS = (30, 4), (120, 10)
+OUT_OF_TIME = "out of time"
 LIBRARIES = ["datasets", "evaluate", "hydra", "matplotlib.figure", "pandas", "peft", "pydantic", "safetensors.torch"]
 LIBRARIES += ["scipy.stats", "sklearn.metrics", "torch.fx.experimental", "transformers.masking_utils", "wandb"]
 LIBRARIES += [f"transformers.models.{name}.modeling_{name}" for name in ("auto", "bert", "roberta")]
@@ -255,8 +259,11 @@ class Child:
 
     running: ClassVar[list["Child"]] = []
 
-    def __init__(self, tree: Path, limit: float, work: Callable[[], dict[str, Any]]):
-        self.tree, self.start, self.limit = tree, time.monotonic(), limit
+    def __init__(self, tree: Path, seconds: float, work: Callable[[], dict[str, Any]]):
+        """`seconds` is what the work takes as a rule."""
+        self.tree, self.start = tree, time.monotonic()
+        processor, self.limit = (fixed + times * seconds for fixed, times in (PROCESSOR_SECONDS, SECONDS))
+        self.late = False
         self._result = tree.parent / "result.json"
         self._result.unlink(missing_ok=True)
         sys.stdout.flush()
@@ -265,6 +272,7 @@ class Child:
         if self.pid == 0:
             try:
                 self._become(tree)
+                resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(processor), math.ceil(processor) + 5))
                 self._result.write_text(json.dumps(work()))
             finally:
                 os._exit(0)
@@ -283,14 +291,14 @@ class Child:
 
     def ended(self) -> bool:
         """Whether it has ended, by itself or by its time limit; what it started ends with it."""
-        pid, _ = os.waitpid(self.pid, os.WNOHANG)
-        late = time.monotonic() - self.start > self.limit
-        if not pid and not late:
+        pid, status = os.waitpid(self.pid, os.WNOHANG)
+        self.seconds = time.monotonic() - self.start
+        if not pid and self.seconds <= self.limit:
             return False
         self.end()
+        self.late = not pid or (os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL))
         if not pid:
             os.waitpid(self.pid, 0)
-        self.seconds = time.monotonic() - self.start
         return True
 
     def end(self) -> None:
@@ -422,8 +430,8 @@ class Job:
         return [name for name, before in zip(ordered, spent, strict=True) if before < BUDGET]
 
     @property
-    def limit(self) -> float:
-        return SECONDS[0] + SECONDS[1] * sum(self.tests[name]["seconds"] for name in self.names)
+    def seconds(self) -> float:
+        return sum(self.tests[name]["seconds"] for name in self.names)
 
 
 def no_change() -> dict[tuple[str, str, str, str], str]:
@@ -439,7 +447,7 @@ def measure_tests(files: list[str], trees: Trees, known: Known, old: bool) -> No
         for tree in trees.paths:
             if waiting and tree not in [child.tree for child in running.values()]:
                 file = waiting.pop(0)
-                running[file] = Child(tree, 7200, lambda tree=tree, file=file: measure(tree, file))
+                running[file] = Child(tree, 600, lambda tree=tree, file=file: measure(tree, file))
         for file, child in list(running.items()):
             if child.ended():
                 tests = child.result()
@@ -471,14 +479,12 @@ def run_mutants(jobs: list[Job], trees: Trees, known: Known) -> None:
                 job = waiting.pop(0)
                 (tree / job.mutant.file).write_text(job.mutant.code)
                 work = lambda tree=tree, job=job: run_mutant(tree, job)  # noqa: E731
-                running.append((job, Child(tree, job.limit, work)))
+                running.append((job, Child(tree, job.seconds, work)))
         for job, child in list(running):
             if child.ended():
                 running.remove((job, child))
-                late = {"caught": True, "by": "out of time"}
-                if child.seconds <= job.limit:  # a process that ends without a word is caught too
-                    late["by"] = "the process ended"
-                found = child.result() or late
+                # One that ends without a word is caught too.
+                found = child.result() or {"caught": True, "by": OUT_OF_TIME if child.late else "the process ended"}
                 by = found["by"] if found["caught"] else None
                 known.keep(job.mutant, {"by": by, "state": known.state(job, by), "seconds": round(child.seconds, 1)})
                 shutil.copy(trees.whole / job.mutant.file, child.tree / job.mutant.file)
@@ -499,7 +505,7 @@ def report(jobs: list[Job], known: Known) -> bool:
     for job in jobs:
         same, counts = job.mutant.content in noted, rows[job.mutant.file]
         by = (known.result(job.mutant) or {}).get("by")
-        late += by == "out of time"
+        late += by == OUT_OF_TIME
         for i, counted in enumerate((True, same, not same and by, not same and not by)):
             counts[i] += bool(counted)
         if not same and not by:

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+import transformers
 from conftest import compose_trial
 from torch import nn
 
@@ -76,6 +77,46 @@ def test_the_head_is_drawn_afresh_for_each_seed():
     weight = fleet.get_submodule("base.classifier.dense").weight
     assert not torch.equal(weight[0], weight[1])
     assert torch.equal(weight[:2], again.get_submodule("base.classifier.dense").weight)
+
+
+def test_the_heads_start_has_the_encoders_own_spread():
+    config = transformers.RobertaConfig(
+        vocab_size=261, hidden_size=64, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8
+    )
+    config.initializer_range = 0.5
+    base = transformers.RobertaForSequenceClassification(config)
+    fleet = Fleet(base, [compose_trial("model=tiny", "method=lora", f"seed={seed}") for seed in range(2)], CPU)
+    dense = fleet.get_submodule("base.classifier.dense")
+    assert dense.weight.std().item() == pytest.approx(0.5, rel=0.05) and (dense.bias == 0).all()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_trials_state_is_a_copy_of_what_training_changes_or_drew(method):
+    fleet, _ = make(f"method={method}", trials=2)
+    shake(fleet)
+    state = fleet.trial_state(1)
+    drawn = {name for name, _ in fleet.base.named_buffers() if name.endswith((".A0", ".B0"))}
+    assert state.keys() == fleet.trained().keys() | drawn and bool(drawn) == (method == "delora")
+    assert all(torch.equal(state[name], parameter[1]) for name, parameter in fleet.trained().items())
+    before = {name: tensor.clone() for name, tensor in state.items()}
+    shake(fleet)
+    assert all(torch.equal(state[name], tensor) for name, tensor in before.items())
+
+    other, _ = make(f"method={method}", trials=3)
+    kept = other.trial_state(1)
+    other.load_trial_state(2, state)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in other.trial_state(2).items())
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in other.trial_state(1).items())
+
+
+def test_a_state_of_another_shape_or_method_is_refused():
+    fleet, _ = make("method=lora", "model.shape.layers=1")
+    state = fleet.trial_state(0)
+    wider = {name: torch.zeros(*tensor.shape[:-1], tensor.shape[-1] + 1) for name, tensor in state.items()}
+    for odd in (wider, {name: tensor for name, tensor in state.items() if not name.endswith(".A")}):
+        with pytest.raises(UserError, match=r"does not fit this model and method: .*\.method\.A"):
+            fleet.load_trial_state(0, odd)
+    assert all(torch.equal(tensor, state[name]) for name, tensor in fleet.trial_state(0).items())
 
 
 def test_targets_that_no_layer_has_are_named():
