@@ -47,12 +47,13 @@ ROOT = Path(__file__).resolve().parents[1]
 NO_CHANGE = Path(__file__).with_suffix(".yaml")  # mutants that change no behaviour, each with its reason
 TESTS = {
     "delora/methods/*.py": ["methods", "model", "train"],
-    "delora/model.py": ["model", "attention", "train", "run", "pretrained"],
-    "delora/attention.py": ["attention", "model", "train"],
-    "delora/train.py": ["train", "run"],
+    "delora/model.py": ["model", "encoders", "train", "run"],
+    "delora/encoders/*.py": ["encoders", "model", "config", "run"],
+    "delora/attention.py": ["attention", "encoders", "model"],
+    "delora/train.py": ["train", "encoders", "run"],
     "delora/optim.py": ["optim", "train"],
-    "delora/randomness.py": ["attention", "train", "model"],
-    "delora/data/batches.py": ["batches", "train", "run"],
+    "delora/randomness.py": ["randomness", "attention", "encoders", "train"],
+    "delora/data/batches.py": ["batches", "encoders", "train"],
     "delora/data/splits.py": ["splits"],
     "delora/metrics.py": ["metrics", "train"],
     "delora/results/*.py": ["results", "report", "run", "sweep"],
