@@ -58,7 +58,7 @@ TESTS = {
     "delora/metrics.py": ["metrics", "train"],
     "delora/results/*.py": ["results", "report", "run", "sweep"],
     "delora/sweep.py": ["sweep", "run"],
-    "delora/report/statistics.py": ["report"],
+    "delora/report/statistics.py": ["statistics", "report"],
 }
 HELPERS = ("tests/conftest.py", "tests/fake_trials.py", "tests/small_hub.py")  # which tests are made of
 CAUGHT_AT_LEAST = 0.95  # of the mutants that change behaviour
@@ -285,6 +285,7 @@ class Child:
             os.dup2(output, descriptor)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.chdir(tree)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background has it ignored
         sys.path[:] = [str(tree), *(p for p in sys.path if Path(p).resolve() not in (ROOT, ROOT / "scripts"))]
         # A module of the same size and second as its mutant would be taken for it.
         sys.dont_write_bytecode = True
@@ -324,7 +325,7 @@ def run_mutant(tree: Path, job: "Job") -> dict[str, Any]:
 
 
 def measure(tree: Path, file: str) -> dict[str, Any]:
-    """Of each test of a file that passes: seconds, and the functions it reaches as "file::function"."""
+    """Of each test of a file: seconds, the functions it reaches as "file::function", and whether it passes."""
     data, config = tree.parent / "coverage", tree.parent / "coveragerc"
     config.write_text(
         f"[run]\nsource = {tree / 'delora'}\ndata_file = {data}\nparallel = true\ncontext = ${{MUTANTS_TEST}}\n"
@@ -346,8 +347,10 @@ def measure(tree: Path, file: str) -> dict[str, Any]:
                     reached[test].add(f"{Path(path).relative_to(tree)}::{functions[line]}")
     for path in data.parent.glob("coverage.*"):
         path.unlink()
-    usable = plugin.seconds.keys() - plugin.unusable
-    return {name: {"seconds": plugin.seconds[name], "reaches": sorted(reached[name])} for name in sorted(usable)}
+    return {
+        name: {"seconds": seconds, "reaches": sorted(reached[name]), "passes": name not in plugin.unusable}
+        for name, seconds in sorted(plugin.seconds.items())
+    }
 
 
 def function_of_lines(source: str) -> dict[int, str]:
@@ -425,8 +428,9 @@ class Job:
     def names(self) -> list[str]:
         """The tests that reach the function, the quickest first; of what runs on import, or is new, any of them."""
         place = f"{self.mutant.file}::{self.mutant.function}"
-        reaching = [name for name, test in self.tests.items() if place in test["reaches"]]
-        ordered = sorted(reaching or self.tests, key=lambda name: self.tests[name]["seconds"])
+        passing = [name for name, test in self.tests.items() if test["passes"]]
+        reaching = [name for name in passing if place in self.tests[name]["reaches"]]
+        ordered = sorted(reaching or passing, key=lambda name: self.tests[name]["seconds"])
         spent = itertools.accumulate((self.tests[name]["seconds"] for name in ordered[:-1]), initial=0)
         return [name for name, before in zip(ordered, spent, strict=True) if before < BUDGET]
 
@@ -456,7 +460,8 @@ def measure_tests(files: list[str], trees: Trees, known: Known, old: bool) -> No
                     raise SystemExit(
                         f"scripts/mutants: tests/test_{file}.py did not run: {child.tree.parent}/output.txt"
                     )
-                print(f"tests/test_{file}.py: {len(tests)} tests in {child.seconds:.0f} s", flush=True)
+                passing = sum(test["passes"] for test in tests.values())
+                print(f"tests/test_{file}.py: {passing} of {len(tests)} pass, {child.seconds:.0f} s", flush=True)
                 known.keep_tests(file, tests)
                 del running[file]
         time.sleep(0.2)
