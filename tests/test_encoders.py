@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from conftest import compose_trials, conf_folder
+from safetensors.torch import load_file
 
 from delora import encoders, pretrained, run, train
 from delora.data import Rows
@@ -123,6 +124,44 @@ def alone(model: transformers.PreTrainedModel, inputs: dict[str, torch.Tensor]) 
 def padded(tokens: Tokens, rows: int = 8) -> dict[str, torch.Tensor]:
     inputs = tokens.gather(torch.arange(rows)[None], packed=False).inputs
     return {name: tensor.long() for name, tensor in inputs.items()}
+
+
+def test_what_is_known_of_each_family():
+    """Targets are the same words in all; what packs and prunes is fast, and would be missed by no other test."""
+    found = encoders.families()
+    kinds = {kind for encoder in found.values() for kind in encoder.types}
+    assert kinds == {
+        *("albert", "bert", "camembert", "deberta-v2", "distilbert", "electra", "modernbert", "mpnet", "roberta"),
+        "xlm-roberta",
+    }
+    roles = {"query", "key", "value", "attention_output", "ffn_in", "ffn_out"}
+    assert all(encoder.roles.keys() == roles for encoder in found.values())
+    assert [name for name, encoder in found.items() if not encoder.packs] == ["deberta"]
+    assert {name for name, e in found.items() if e.after_attention} == {"bert", "electra", "mpnet", "roberta"}
+    assert encoders.of({"model_type": "camembert"}) is found["roberta"]
+
+
+@pytest.mark.parametrize("kind", ["bert", "distilbert", "electra", "mpnet", "roberta"])
+def test_a_head_is_drawn_anew_where_the_checkpoint_has_one(kind, tmp_path):
+    folder = save(tmp_path, small_config(kind), transformers.AutoModelForSequenceClassification)
+    fleet, _ = fleet_of(trials_of(folder, [1, 2]))
+    assert fleet.packs and fleet.prunes == (kind != "distilbert")
+    stored = load_file(folder / "model.safetensors")
+    outside = {n.rpartition(".")[0] for n in stored if not n.startswith(f"{fleet.encoder.prefix}.")}
+    assert outside and outside <= set(fleet.head_names)
+    weights = {name: fleet.base.get_submodule(name).weight for name in outside}
+    assert not any(torch.equal(w[0].float(), stored[f"{name}.weight"]) for name, w in weights.items())
+    assert not any(torch.equal(w[0], w[1]) for w in weights.values())
+
+
+def test_deberta_without_relative_attention(tmp_path):
+    changes = {"relative_attention": False, "position_biased_input": True}
+    folder = save(tmp_path, small_config("deberta-v2", **changes))
+    fleet, loaded = fleet_of(trials_of(folder, [1]))
+    inputs = padded(tokens_of(fleet, loaded)["train"])
+    with torch.no_grad():
+        theirs = own_model(folder, fleet)(**inputs).logits
+        torch.testing.assert_close(fleet.eval()(**inputs).logits, theirs, rtol=1e-9, atol=1e-9)
 
 
 @each_kind
@@ -276,7 +315,7 @@ def unknown(folder: Path, kind: str, **own: object) -> list[str]:
 def test_an_unknown_family_that_trains_as_if_alone_is_taken(kind, tmp_path):
     sizes = {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
     words = unknown(tmp_path, kind, **sizes, embedding_size=32, max_position_embeddings=64)
-    [trial] = compose_trials([*words, *TINY_DATA], [{}])
+    [trial] = compose_trials([*words, *TINY_DATA, "precision=bfloat16"], [{}])  # it is tried out in float32
     run.prepare(trial)
     assert not fleet_of([trial])[0].known
 

@@ -13,7 +13,7 @@ from delora.cli import conf_folder
 from delora.data import load
 from delora.data.batches import Tokens
 from delora.errors import UserError
-from delora.model import Fleet
+from delora.model import Fleet, HeadNorm, Joined
 from delora.randomness import Dropout
 from delora.tasks import TASKS
 
@@ -119,7 +119,51 @@ def test_a_state_of_another_shape_or_method_is_refused():
     assert all(torch.equal(tensor, state[name]) for name, tensor in fleet.trial_state(0).items())
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_a_methods_dropout_reaches_the_method(method):
+    """Another input after dropout is another output, as the method itself has it; not where nothing is adapted."""
+    fleet, _ = make(f"method={method}", "method.dropout=0.5", trials=2)
+    shake(fleet)
+    layer = next(module for _, module in fleet.adapted())
+    fleet.keys.key_KN = torch.tensor([[1, 2, 3], [4, 5, 6]], dtype=torch.int32)
+    x = torch.randn(2, 3, layer.weight.shape[1], dtype=torch.float64)
+    layer.train()
+    dropped = layer.dropout(x)
+    assert not torch.equal(dropped, x)
+    assert torch.equal(layer(x), layer.method(x, dropped, layer.weight, layer.bias))
+    assert torch.equal(layer(x), layer.eval()(x)) == (method == "head")
+
+
+def test_a_trained_norm_is_transformers_own():
+    norm = HeadNorm(nn.LayerNorm(6, eps=1e-3), 2).double()
+    torch.nn.init.normal_(norm.weight)
+    torch.nn.init.normal_(norm.bias)
+    x = torch.randn(8, 5, 6, dtype=torch.float64)
+    for k, own in enumerate(x.chunk(2)):
+        plain = torch.nn.functional.layer_norm(own, (6,), norm.weight[k], norm.bias[k], 1e-3)
+        torch.testing.assert_close(norm(x)[4 * k : 4 * k + 4], plain, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_fused_layer_taken_apart_is_the_whole_one(bias):
+    fused, x = nn.Linear(5, 12, bias=bias), torch.randn(4, 5)
+    torch.testing.assert_close(Joined(fused, ["query", "key", "value"])(x), fused(x))
+
+
+def test_a_model_without_a_head_is_refused():
+    trial = compose_trial("model=tiny", "method=lora")
+    base = pretrained.load(trial.model, TASKS["mrpc"]).model
+    base.classifier = nn.Identity()
+    with pytest.raises(UserError, match=r"has no classification head: no linear layer under classifier$"):
+        Fleet(base, [trial], CPU)
+
+
 def test_targets_that_no_layer_has_are_named():
+    trial = compose_trial("model=tiny", "method=lora")
+    other = trial.model_copy(update={"method": trial.method.model_copy(update={"targets": ["quer"]})})
+    base = pretrained.load(trial.model, TASKS["mrpc"]).model
+    with pytest.raises(UserError, match=r"method\.targets.*it has: query, key, value, attention_output, .*dense"):
+        Fleet(base, [other], CPU)
     with pytest.raises(UserError, match=r"method\.targets"):
         make("method=lora", "method.targets=[attention.quer]", "model.shape.layers=1")
 
