@@ -19,6 +19,7 @@ from rich.table import Table
 from delora.config import Trial
 from delora.results import Result, Scores, flatten
 from delora.tasks import TASKS
+from delora.terminal import printable
 
 if TYPE_CHECKING:
     from delora.train import Score
@@ -35,7 +36,7 @@ class Console:
     """
 
     def __init__(self, trials: Sequence[Trial], found: Mapping[Path, Result]):
-        self.rich = Rich(stderr=True)
+        self.rich = Rich(stderr=True, markup=False, emoji=False)
         self.rows = Rows(trials)
         self.headlines = " or ".join(dict.fromkeys(TASKS[trial.task.name].headline for trial in trials))
         self.total, self.already = len(trials), len(found)
@@ -117,7 +118,7 @@ class Console:
         """A line for people, above the live view."""
         if not once or text not in self.told:
             self.told.add(text)
-            self.rich.print(text, highlight=False, markup=False, soft_wrap=True)
+            self.rich.print(printable(text), highlight=False, markup=False, soft_wrap=True)
 
     # --- How it looks
 
@@ -188,7 +189,7 @@ class Rows:
             for name, some in by_name.items()
         }
         self.labels = [
-            " ".join([*name, *(f"{key.removeprefix('method.')}={flat.get(key)}" for key in varying[name])])
+            printable(" ".join([*name, *(f"{key.removeprefix('method.')}={flat.get(key)}" for key in varying[name])]))
             for name, flat in zip(names, flats, strict=True)
         ]
 
@@ -222,11 +223,11 @@ def duration(seconds: float) -> str:
 
 def print_results(trials: Sequence[Trial], found: Sequence[Result | None]) -> None:
     """A short table of the results and where they are, on standard output."""
-    rich = Rich(width=200)  # a narrower terminal wraps the lines; it would cut the cells
+    rich = Rich(width=200, markup=False, emoji=False)  # a narrower terminal wraps the lines; it would cut the cells
     if len(trials) == 1:
         if result := found[0]:
             rich.print(_one(trials[0], result))
-            print(f"results in {trials[0].folder}")
+            print(f"results in {printable(str(trials[0].folder))}")
         return
     by_folder = {trial.folder: (trial, result) for trial, result in zip(trials, found, strict=True)}
     scores, marks, titles = {}, {}, dict[str, None]()
@@ -248,9 +249,10 @@ def print_results(trials: Sequence[Trial], found: Sequence[Result | None]) -> No
     print(f"{' or '.join(titles) or 'no scores'} ({about}), by factor on the method's base rate")
     rich.print(Rows([trial for trial, _ in by_folder.values()]).table(scores, marks))
     for folder, mark in marks.items():
-        print(f"{mark}: {folder}")
+        print(f"{mark}: {printable(str(folder))}")
     for root in dict.fromkeys(folder.parent for folder in by_folder):
-        print(f"results in {root}; curves, tables and a page: delora-report {shlex.quote(str(root))}")
+        command = f"delora-report {shlex.quote(str(root))}"
+        print(printable(f"results in {root}; curves, tables and a page: {command}"))
 
 
 def _one(trial: Trial, result: Result) -> Table:

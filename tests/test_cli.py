@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import shlex
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import yaml
 
 from delora import results
 from delora.cli import conf_folder
+from delora.overrides import tidy
 
 CHECKOUT = Path(__file__).resolve().parents[1]
 TINY = ["model=tiny", "data=synthetic", "data.rows.train=64", "data.rows.validation=40", "logger=none"]
@@ -241,3 +243,29 @@ def test_ctrl_c_before_training_is_as_quiet(delora_run, tmp_path, seconds):
     assert process.returncode == 130 and output == "" and "Traceback" not in errors, errors
     assert errors.splitlines()[-1].startswith("delora-run: interrupted")
     assert not list(tmp_path.rglob("result.json"))
+
+
+@pytest.mark.parametrize(
+    "word", ["output_dir=结果", "output_dir=~/glue,'b c'", "method.targets=[a,'ü']", "lr=1e-3", "x=${y}"]
+)
+def test_letters_that_hydra_does_not_know_are_quoted(word):
+    expected = {"output_dir=结果": "output_dir='结果'", "output_dir=~/glue,'b c'": "output_dir='~/glue','b c'"}
+    assert tidy([word]) == [expected.get(word, word)]
+
+
+def test_the_version_is_delora_s(delora_run, tmp_path):
+    answer = command(delora_run, "--version", cwd=tmp_path)
+    assert re.fullmatch(
+        r"delora \d\S+ \(torch \d\S+, transformers \d\S+, hydra-core 1\.3\S*, Python 3\S+\)\n", answer.stdout
+    )
+
+
+def test_ascii_and_a_reader_that_leaves_do_not_change_how_a_run_ends(delora_run, tmp_path):
+    assert command(delora_run, "--help", cwd=tmp_path, PYTHONIOENCODING="ascii").returncode == 0
+    words = shlex.join([str(delora_run), *TINY, "epochs=1", "output_dir=结果"])
+    line = f"{words} | true; exit ${{PIPESTATUS[0]}}"
+    answer = subprocess.run(
+        ["bash", "-c", line], cwd=tmp_path, env=environment(PYTHONIOENCODING="ascii"), capture_output=True, text=True
+    )
+    assert (answer.returncode, "Traceback" in answer.stderr) == (0, False), answer.stderr
+    assert len(list((tmp_path / "结果").glob("*/result.json"))) == 1

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from delora.data import load
 from delora.data.batches import Tokens
 from delora.errors import UserError
 from delora.methods.lora import LoRA
+from delora.run import Interrupted, Stop
 from delora.sweep import run
 from delora.tasks import TASKS
 from delora.train import predict
@@ -118,3 +120,20 @@ def test_standard_protocol_reports_best_and_last_on_all_rows_of_mnli(tmp_path):
 def test_a_batch_larger_than_the_data_is_refused(tmp_path):
     answer = command(*SMALL, "batch_size=65", cwd=tmp_path)
     assert answer.returncode == 2 and "only 64 training rows" in answer.stderr and "Traceback" not in answer.stderr
+
+
+def test_a_signal_that_is_ignored_at_the_start_stays_ignored():
+    before = {number: signal.getsignal(number) for number in Stop.SIGNALS}
+    try:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # nohup, or a script's background
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        with Stop() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.number is None
+        assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+        with pytest.raises(Interrupted), Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.number == signal.SIGHUP
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
