@@ -61,7 +61,14 @@ class Crashes:
 
         self.folder, self.words = folder, ["-m", *SWEEP, *words]
         folder.mkdir(parents=True, exist_ok=True)
-        self.progress: dict[str, Any] = {"words": words, "kills": 0, "counts": {}, "sweeps": 0, "mismatches": []}
+        self.progress: dict[str, Any] = {
+            "words": words,
+            "kills": 0,
+            "processes": 0,
+            "counts": {},
+            "sweeps": 0,
+            "mismatches": [],
+        }
         if (folder / "progress.json").exists():
             self.progress = json.loads((folder / "progress.json").read_text())
             if self.progress["words"] != words:
@@ -125,7 +132,8 @@ class Crashes:
         root, journal = place / "outputs" / "s", Journal(place)
         ended = times(root)
         while len(ended) < TRIALS and self.progress["kills"] < wanted:
-            draw = random.Random(f"{self.progress['kills']} {self.words}")
+            draw = random.Random(f"{self.progress['processes']} {self.words}")
+            self.progress["processes"] += 1
             before, fresh, at_operation = written(root), draw.random() < 0.05, draw.random() < 0.5
             if fresh:
                 process: Fresh | Forked = Fresh(self.words, place)
@@ -165,7 +173,7 @@ def wait(process: "Fresh | Forked", root: Path, draw: random.Random, seconds: fl
         time.sleep(draw.uniform(0, seconds))
         return
     writes = draw.randrange(1, 60)
-    while process.runs() and (kind > 0.9 or writes) and len(times(root)) < TRIALS:
+    while process.runs() and (kind > 0.8 or writes) and len(times(root)) < TRIALS:
         time.sleep(0.005)
         now = written(root)
         writes, last = writes - (now != last), now

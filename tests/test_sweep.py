@@ -28,6 +28,7 @@ from delora import cost, overrides, results, sweep
 from delora.cli import conf_folder
 from delora.config import ConfigError, Trial
 from delora.errors import UserError
+from delora.methods.lora import LoRA
 from delora.pretrained import byte_tokenizer
 from delora.run import Interrupted, Recorder, StateFile, read_state, write_state
 from delora.sweep import Group, Sweep, plan, run
@@ -490,8 +491,15 @@ def test_an_error_found_before_training_leaves_no_folder(tmp_path, words, size, 
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
+class Refuses(LoRA):
+    """A user's method whose values are refused when it is built, with the encoder loaded and the folders open."""
+
+    def __init__(self, weight_OI, draw, **options):
+        raise ValueError("no such rank")
+
+
 def test_an_error_of_one_fleet_leaves_others_as_they_are(tmp_path, both):
-    good, bad = pair(tmp_path), pair(tmp_path, "data.rows.validation=1")
+    good, bad = pair(tmp_path), pair(tmp_path, f"method._target_={__name__}.Refuses")
     assert [bool(result) for result in run([*good, *bad])] == [True, True, False, False]
     assert everything(tmp_path / "s") == both and len(list((tmp_path / "s").iterdir())) == 2
     assert [bool(result) for result in run([*good, *bad])] == [True, True, False, False]
