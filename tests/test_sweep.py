@@ -235,7 +235,7 @@ def test_killed_and_without_power_the_results_are_the_same_to_the_bit(tmp_path):
     """With an encoder that was saved and loaded, dropout on. scripts/crash_test kills more often."""
     encoder = tmp_path / "encoder"
     shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 64}
-    config = transformers.BertConfig(vocab_size=261, max_position_embeddings=64, **shape)
+    config = transformers.BertConfig(vocab_size=261, max_position_embeddings=64, pad_token_id=1, **shape)
     torch.manual_seed(0)
     transformers.BertForSequenceClassification(config).save_pretrained(encoder)
     byte_tokenizer().save_pretrained(encoder)
