@@ -38,7 +38,8 @@ def test_best_rate_needs_all_seeds():
     made = curve([[0.9, math.nan], [0.8, 0.8], [0.7, 0.7]], [1, 2, 4])
     assert made.best == 1
     assert not made.best_is_on_edge
-    assert curve([[0.8], [0.7]], [1, 2]).best_is_on_edge
+    assert curve([[0.8], [0.7]], [1, 2]).best_is_on_edge and curve([[0.7], [0.8]], [1, 2]).best_is_on_edge
+    assert not curve([[0.8]], [1]).best_is_on_edge  # there is no grid
 
 
 def test_the_papers_rule_chooses_with_the_lowest_seed_alone(tmp_path):
@@ -67,6 +68,7 @@ def test_the_lowest_seed_chooses_among_rates_that_all_seeds_have():
     assert curve([[0.9, nan], [0.7, 0.1], [0.8, 0.1]], [1, 2, 4], select="first-seed").best == 2
     assert curve([[0.7, nan], [nan, 0.9], [0.9, nan]], [1, 2, 4], select="first-seed").best == 2
     assert curve([[0.7, nan], [nan, 0.9], [nan, 0.8]], [1, 2, 4], select="first-seed").best == 0  # it has no other
+    assert curve([[nan, 0.9, 0.9], [0.7, nan, nan]], [1, 2], select="first-seed").best == 1
 
 
 @pytest.mark.parametrize(
@@ -77,6 +79,7 @@ def test_the_lowest_seed_chooses_among_rates_that_all_seeds_have():
         ([0.90, 0.88, 0.80], [1, 10, 100], 0.5, True),
         ([0.80, 0.895, 0.90], [1, 10, 100], 1 + 0.005 / 0.095, True),
         ([0.90, 0.90], [1, 4], math.log10(4), True),
+        ([0.80, 0.90, 0.895], [1, 10, 100], 0.1 + 1, True),
         # what lies behind a drop is not reached
         ([0.70, 0.90, 0.80, 0.90, 0.70], [1, 10, 100, 1000, 10000], 0.01 / 0.2 + 0.01 / 0.1, False),
         ([0.90], [1], math.nan, False),
@@ -140,6 +143,28 @@ def test_guessing():
     assert statistics.guessing("wnli") == 40 / 71
 
 
+def test_a_range_ends_where_the_mean_of_all_seeds_does():
+    """The first seed alone would be tolerated to the end of the grid."""
+    made = curve([[0.5, 0.5], [0.9, 0.9], [0.9, 0.4]], [1, 10, 100])
+    alone = curve([[0.5], [0.9], [0.9]], [1, 10, 100])
+    assert not statistics.robustness(made, None, 0.5).tolerated.at_least
+    assert statistics.robustness(alone, None, 0.5).tolerated.at_least
+
+
+def test_panels_come_in_the_order_of_the_papers_table(tmp_path):
+    for task in ("rte", "mrpc"):
+        fake_trials.write(tmp_path / task, 0.5, task=task)
+    assert [panel.task for panel in panels(tmp_path)] == ["mrpc", "rte"]
+    assert [statistics.task_order(task) for task in ("mnli", "stsb", "wnli")] == [0, 7, 8]
+
+
+def test_scores_are_of_the_split_that_the_protocol_reports(tmp_path):
+    for protocol, split in (("paper", "test"), ("standard", "validation")):
+        fake_trials.write(tmp_path / protocol, 0.5, protocol=protocol)
+        (panel,) = panels(tmp_path / protocol)
+        assert panel.split == split
+
+
 # --- Intervals
 
 
@@ -178,7 +203,7 @@ def test_draws_and_their_probabilities(n, count):
         assert weight_B == pytest.approx(scipy.stats.multinomial.pmf(counts_BN, n, [1 / n] * n))
         assert len({*map(tuple, counts_BN.tolist())}) == count
     else:
-        assert len({*map(tuple, counts_BN.tolist())}) > 1000
+        assert len({*map(tuple, counts_BN.tolist())}) > 1000 and {*index_BN.flat} == {*range(n)}
 
 
 def test_intervals_are_scipys():
@@ -225,6 +250,7 @@ def test_intervals_over_tasks_are_scipys():
 
 
 def test_no_interval_without_spread():
+    assert statistics.pooled([np.array([0.1, 0.2]), np.array([0.1, 0.2])], statistics.median).low < 0.15
     assert math.isnan(statistics.pooled([np.array([0.5]), np.array([0.1, 0.2])], statistics.median).low)
     assert math.isnan(statistics.std(np.array([0.5])))
     assert math.isnan(statistics.estimate(np.array([math.nan, 0.1, 0.2, 0.3]), 2).low)
@@ -296,6 +322,25 @@ def test_an_interval_of_a_drop_proves_nothing(fewer_shuffles):
         validation_FS, score_FS = 0.01 * random.standard_normal((2, 8, 5))
         excluded += statistics.robustness(curve(score_FS, grid, validation_FS), (1, 128), -1.0).drop.low > 0
     assert excluded > 15
+
+
+@pytest.mark.parametrize("select", statistics.SELECTS)
+def test_chance_is_what_its_words_say(fewer_shuffles, select):
+    """The same shuffles, with the drop and its noise worked out one by one."""
+    random, factors = np.random.default_rng(7), 6
+    validation_FS, score_FS = random.normal(size=(2, factors, 4)) - 1.5 * (np.arange(factors) == 5)[:, None]
+    ratios, noises = [], []
+    for order_FS in statistics._shuffles(factors, 4):
+        validation, score = (np.take_along_axis(values, order_FS, 0) for values in (validation_FS, score_FS))
+        best = (validation[:, 0] if select == "first-seed" else validation.mean(1)).argmax()
+        apart_S = score[best] - score[score[1:5].mean(1).argmin() + 1]  # within the factors 2 to 16
+        effects = score.mean(1)[:, None] + score.mean(0) - score.mean()
+        spread = math.sqrt(((score - effects) ** 2).sum() / (factors - 1) / (4 - 1))
+        noises.append(max(spread, apart_S.std(ddof=1) / math.sqrt(2)))
+        ratios.append(apart_S.mean() / noises[-1])
+    flat, p = statistics.chance(curve(score_FS, 2.0 ** np.arange(factors), validation_FS, select), (2, 16))
+    assert p == pytest.approx(np.mean([ratio >= ratios[0] for ratio in ratios])) and 0 < p < 1
+    assert flat == pytest.approx(np.quantile(ratios, 0.95, method="higher") * noises[0])
 
 
 def test_what_chance_makes_of_a_small_curve(fewer_shuffles):
@@ -382,7 +427,9 @@ def test_difference_from_published_is_welchs():
 
 def test_a_difference_from_published_without_any_spread_has_no_interval():
     assert math.isnan(statistics.unpaired(np.array([0.9, 0.9]), 0.87, 0.0, 5).low)
-    assert math.isnan(statistics.unpaired(np.array([0.9]), 0.87, 0.01, 5).low)
+    single = statistics.unpaired(np.array([0.9]), 0.87, 0.01, 5)
+    assert single.value == pytest.approx(0.03) and math.isnan(single.low)
+    assert statistics.unpaired(np.array([0.9, 0.9]), 0.87, 0.0, 5).value == pytest.approx(0.03)
     assert statistics.unpaired(np.array([0.9, 0.9]), 0.87, 0.01, 5).low < 0.03
 
 
