@@ -60,7 +60,8 @@ TESTS = {
     "delora/sweep.py": ["sweep", "run"],
     "delora/report/statistics.py": ["statistics", "report"],
 }
-HELPERS = ("tests/conftest.py", "tests/fake_trials.py", "tests/small_hub.py")  # which tests are made of
+# What tests are made of.
+HELPERS = ("tests/conftest.py", "tests/fake_trials.py", "tests/forked.py", "tests/small_hub.py")
 CAUGHT_AT_LEAST = 0.95  # of the mutants that change behaviour
 BUDGET = 60  # seconds of tests that a mutant is put to, of those that reach it, as they take without it
 # A mutant's time: so many seconds, and so many times what its tests take without it.
@@ -235,6 +236,10 @@ class Chosen:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed and self.failed is None:
             self.failed = report.nodeid
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed and self.failed is None:
+            self.failed = f"{report.nodeid}, which cannot be imported"
 
 
 class Measured:
