@@ -6,7 +6,7 @@ the place, so that editing a module elsewhere changes neither the sample nor wha
 
 Tests run in copies of the tree in a temporary folder, in a process forked from this one, which has imported the
 libraries but nothing of delora. Of a module's tests those run that reach the changed function (as coverage measures it
-once for each file of tests), the quickest first, until one fails or they have had a minute. Results are kept in
+once for each file of tests), the quickest first, until one fails or they have had four minutes. Results are kept in
 `outputs/mutants`: the same command goes on, and after an edit runs again what the edit may change.
 """
 
@@ -63,7 +63,7 @@ TESTS = {
 # What tests are made of.
 HELPERS = ("tests/conftest.py", "tests/fake_trials.py", "tests/forked.py", "tests/small_hub.py")
 CAUGHT_AT_LEAST = 0.95  # of the mutants that change behaviour
-BUDGET = 60  # seconds of tests that a mutant is put to, of those that reach it, as they take without it
+BUDGET = 240  # seconds of tests that a mutant is put to, of those that reach it, as they take without it
 # A mutant's time: so many seconds, and so many times what its tests take without it.
 PROCESSOR_SECONDS, SECONDS = (30, 4), (120, 10)
 OUT_OF_TIME = "out of time"

@@ -262,6 +262,20 @@ def test_foreign_folders_are_refused_and_left_as_they_are(tmp_path):
     open_trial(tmp_path / "empty", CONFIG).close()
 
 
+def test_of_many_differences_and_foreign_files_some_are_listed(tmp_path):
+    folder = tmp_path / "outputs" / "within" / "another" / "trial"  # made with all that is above it
+    open_trial(folder, {**CONFIG, **{f"key{i:02}": 1 for i in range(23)}}).close()
+    with pytest.raises(UserError, match=r"key19: 1 → 2\n  and 3 more\n"):
+        open_trial(folder, {**CONFIG, **{f"key{i:02}": 2 for i in range(23)}})
+    for count, listed in ((3, "f0, f1, f2\\. "), (4, "f0, f1, f2, \\.\\.\\.")):
+        foreign = tmp_path / f"foreign{count}"
+        foreign.mkdir()
+        for i in range(count):
+            (foreign / f"f{i}").touch()
+        with pytest.raises(UserError, match=listed):
+            open_trial(foreign, CONFIG)
+
+
 def test_one_process_at_a_time(path):
     with in_process(HOLD, path, json.dumps(CONFIG)) as holder:
         assert holder.stdout.readline() == "open\n"

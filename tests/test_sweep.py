@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import FEW, OFFLINE, RUN, SMALL, command, compose_trial, load_script
+from conftest import FEW, OFFLINE, RUN, SMALL, command, compose_trial, compose_trials, load_script
 from hydra import initialize_config_dir
 from hydra._internal.callbacks import Callbacks
 from hydra.core.global_hydra import GlobalHydra
@@ -153,6 +153,34 @@ def test_a_sweep_of_too_many_trials_is_refused_before_it_is_expanded(words, faul
     assert len(caught.value.faults) == 1 and caught.value.faults[0].startswith(fault)
 
 
+def test_an_interrupted_fleet_goes_on_whole_or_not_at_all(tmp_path, capsys):
+    common = [*SMALL, *FEW, "method=lora", "sweep=s", f"output_dir={tmp_path}", "fleet.size=8"]
+    trials = compose_trials(common, [{"seed": seed} for seed in range(4)])
+    known, group = {trial.folder: trial for trial in trials}, Group(tuple(trials[:3]))
+
+    def fleets(missing) -> list[list[int]]:
+        return [[trial.seed for trial in one.trials] for one in plan(missing, known)]
+
+    group.keep()
+    assert fleets(trials) == [[0, 1, 2], [3]]
+    assert fleets(trials[1:]) == [[1, 2, 3]]  # nothing was trained, so nobody needs the first one's company
+    group.state.write_bytes(b"")
+    assert fleets(trials) == fleets(trials[1:]) == [[0, 1, 2], [3]]
+    assert fleets(trials[3:]) == [[3]]
+    sweep.print_plan(trials)
+    told = capsys.readouterr().out
+    assert told.count(", begun") == 1 and "4 trials: 0 done, 4 to run in 2 fleets" in told
+
+
+def test_a_sweep_grows_by_tasks_with_values_of_their_own(tmp_path):
+    common = [*SMALL, *FEW, "method=lora", "sweep=s", f"output_dir={tmp_path}"]
+    [first] = compose_trials([*common, "task=mrpc", "epochs=2"], [{}])
+    results.open_trial(first.folder, first.resolved()).close()
+    Sweep(compose_trials([*common, "task=rte", "epochs=3"], [{}]))
+    with pytest.raises(UserError, match="epochs: 2 → 3"):
+        Sweep(compose_trials([*common, "task=mrpc", "epochs=3"], [{}]))
+
+
 def test_a_plan_adds_up_what_was_measured_and_what_is_estimated(monkeypatch, capsys):
     """Three of five trials have run, in a fleet that took 90 s; of another method nothing is known."""
     lora = [compose_trial(*SMALL, *FEW, "method=lora", "fleet.size=1", f"seed={seed}") for seed in range(5)]
@@ -285,7 +313,7 @@ def test_two_processes_share_a_sweep(tmp_path, whole):
     assert [process.returncode for process in pair] == [0, 0], errors
     assert everything(tmp_path / "outputs" / "s").keys() == whole.keys()
     assert all(trial.result["fleet_size"] == 2 for trial in results.find(tmp_path / "outputs" / "s").trials)
-    assert any("in use by process" in error for error in errors)
+    assert any("in use by process" in error and "Waiting for it;" in error for error in errors)
 
 
 # --- What kills and disks leave
