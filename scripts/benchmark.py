@@ -169,8 +169,9 @@ def compare_models(options: argparse.Namespace) -> None:
         bench = Benchmark(options)
         ours = bench.delora(size)
         theirs = [bench.peft_bare()]
-        with contextlib.suppress(Exception):  # torch's compiler does not take every encoder of transformers
-            theirs += [bench.peft_bare(compiled=True)] if bench.compiles else []
+        if bench.compiles and "peft compiled" in options.rows:
+            with contextlib.suppress(Exception):  # torch's compiler does not take every encoder of transformers
+                theirs.append(bench.peft_bare(compiled=True))
         first = first or ours
         compiled = f"{1e3 * theirs[1]:.1f}" if len(theirs) > 1 else "-"
         row = [f"{1e3 * ours:.1f}", f"{ours / first:.2f}", f"{1e3 * theirs[0]:.1f}", compiled]
