@@ -212,7 +212,11 @@ class ModelConfig(Section):
     @property
     def known_shape(self) -> Shape | None:
         """The shape that its config.json says where that is on this machine, else the one that is given."""
-        if (described := self.described) is None:
+        return self.shape_by(self.described)
+
+    def shape_by(self, described: dict[str, Any] | None) -> Shape | None:
+        """The shape that such a config.json says; without one, the shape that is given."""
+        if described is None:
             return self.shape
         family = family_of(described)
         return family.shape(described) if family else None
@@ -402,12 +406,13 @@ def _misfits(value: _Valid) -> list[Fault]:
         return faults
     model = ModelConfig.model_validate(value("model"))
     try:
-        shape, described = model.known_shape, model.described or {}
+        described = model.described
+        shape = model.shape_by(described)
     except UserError as error:
         return [*faults, Fault("model", model.name, str(error))]
     if shape and shape.family not in families():
         return [*faults, Fault("model.shape.family", shape.family, expected(shape.family, families()))]
-    positions = shape.positions if shape else described.get("max_position_embeddings")
+    positions = shape.positions if shape else (described or {}).get("max_position_embeddings")
     if (max_length := value("max_length")) and positions and max_length > positions:
         message = f"above {positions}, the longest input of model={model.name}"
         faults.append(Fault("max_length", max_length, message))

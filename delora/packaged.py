@@ -5,11 +5,13 @@ not be Python's. An archive is unpacked once, into the user's cache (XDG_CACHE_H
 """
 
 import base64
+import functools
 import hashlib
 import io
 import os
 import re
 import shutil
+import sys
 import tempfile
 import zipfile
 import zlib
@@ -81,6 +83,12 @@ def fetch(packages: Sequence[str]) -> Path:
 
 
 def _files(packages: Sequence[str]) -> list[metadata.PackagePath]:
+    return _listed(tuple(packages), tuple(sys.path))
+
+
+@functools.lru_cache(maxsize=16)
+def _listed(packages: Sequence[str], _: Sequence[str]) -> list[metadata.PackagePath]:
+    """Read once: a sweep asks for each of its trials."""
     return [file for name in packages for file in metadata.files(name) or ()]
 
 

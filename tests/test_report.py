@@ -581,20 +581,21 @@ def test_a_thousand_trials_are_read_in_seconds(many):
     assert len(found.trials) == 1000
 
 
-HOSTILE = "a\ud800b\x1b[2J\x07$x^$"
-SHOWN = r"a\ud800b\x1b[2J\x07$x^$"
+HOSTILE = "a\x1b[2J\x07$x^$"
+SHOWN = r"a\x1b[2J\x07$x^$"
 
 
 @pytest.fixture(scope="module")
 def hostile(tmp_path_factory) -> Path:
-    """Trials with a lone surrogate, escape codes, a formula, an infinite number; some in their folders' names too."""
+    """Trials with escape codes, a formula, an infinite number; folders' names with some; half a character in one."""
     root = tmp_path_factory.mktemp("outputs")
     for i, factor in enumerate((1, 2)):
         folder = fake_trials.write(root / f"\x1b[2J\udcff{i}", 0.8 + i / 10, factor=factor)
         fake_trials.change(folder, config__model__name=HOSTILE, config__method__name=HOSTILE, made_by__cpu=HOSTILE,
-                           made_by__weights__source=HOSTILE, seconds__total=math.inf)  # fmt: skip
+                           made_by__weights__source=HOSTILE, seconds__total=math.inf, id=str(i))  # fmt: skip
         fake_trials.change(folder, config__precision=HOSTILE)
     fake_trials.write(root / "\x1b[31mred", None, status="failed")
+    fake_trials.change(fake_trials.write(root / "\x1b[2Jhalf", 0.8), config__model__name="a\ud800b")
     return root
 
 
@@ -604,6 +605,7 @@ def report_on(hostile: Path, *arguments: str, **environment: str) -> subprocess.
     assert run.returncode == 0, run.stderr
     assert b"\x1b" not in run.stdout + run.stderr and SHOWN.encode() in run.stdout
     assert rb"\x1b[31mred: failed" in run.stderr
+    assert rb"\x1b[2Jhalf/result.json: not a result of delora-run" in run.stderr
     return run
 
 

@@ -7,6 +7,7 @@ Roles are the same in all families: query, key, value, attention_output, ffn_in,
 modules are those of transformers' sequence classification model.
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping
 from fnmatch import fnmatchcase
@@ -150,8 +151,7 @@ class Encoder:
 
     def _is_in_layer(self, name: str, inside: str = "") -> bool:
         """Whether the name is that of a layer, or of what has the name `inside` in one."""
-        pattern = re.escape(".".join(filter(None, (self.prefix, self.layers, inside))))
-        return re.fullmatch(pattern.replace(r"\*", r"\d+"), name) is not None
+        return _numbered(".".join(filter(None, (self.prefix, self.layers, inside)))).fullmatch(name) is not None
 
     # --- In the model
 
@@ -165,6 +165,12 @@ class Encoder:
     def pools_mean(self, config: Any) -> bool:
         """Whether the head reads the mean of an example's tokens, and not its first token."""
         return False
+
+
+@functools.cache
+def _numbered(name: str) -> re.Pattern[str]:
+    """A dotted name with any number for each *."""
+    return re.compile(re.escape(name).replace(r"\*", r"\d+"))
 
 
 def matches(pattern: str, name: str) -> bool:
