@@ -31,6 +31,8 @@ NOT_THE_TRIAL = (
     *("name", "sweep", "output_dir", "logger", "device", "compile", "log_every", "data.dir"),
     *("fleet", "on_error", "resume", "plan"),
 )
+# Keys that are there for `Trial.rate` and `Trial.lambda_rate`, or for values that follow from them.
+RATES = ("lr", "lr_factor", "lr_factor_on", "method.base_lr", "method.weight_decay", "method.lambda_lr")
 # Keys in which the trials of one fleet may differ.
 PER_TRIAL = (
     *("name", "seed", "lr", "lr_factor", "lr_factor_on", "weight_decay", "warmup_ratio"),
@@ -352,6 +354,15 @@ class Trial(Section):
     def root(self) -> Path:
         """The folder of all results: below it nothing is written through a link."""
         return Path(self.output_dir).expanduser()
+
+    @property
+    def training(self) -> str:
+        """What the trial computes: trials with the same are one training under several names.
+
+        Factor 1 on all rates, on the adapter's and on λ's is the same, as is twice the rate and twice the factor.
+        """
+        config = self._without((*NOT_THE_TRIAL, *RATES))
+        return _digest({**config, "rates": [self.rate, self.lambda_rate]})
 
     @property
     def company(self) -> str:

@@ -105,7 +105,7 @@ class Console:
     def finished(self, trial: Trial, result: Result) -> None:
         """A trial's results are written."""
         self._ended(trial.folder, result)
-        if self._over() == self.total > 1:
+        if self._over() == self.total > 1 and self.fleet:
             self._show(now=True)
 
     def failed(self, trial: Trial, message: str) -> None:

@@ -400,7 +400,7 @@ class Recorder:
             folder.restart()
             return
         for line in folder.rewind(log):
-            self._track(trial, line)
+            _track(self.trackers[trial], line)
 
     def sync(self) -> list[Extent | None]:
         """Has all that was recorded on disk; how far each trial's log is, None for one that is not recorded."""
@@ -449,7 +449,7 @@ class Recorder:
 
     def _record(self, trial: int, line: Mapping[str, Any]) -> None:
         if self._write(trial, lambda folder: folder.record(line)):
-            self._track(trial, line)
+            _track(self.trackers[trial], line)
 
     def _write(self, trial: int, write: Callable[[TrialFolder], object]) -> bool:
         folder = self.folders[trial]
@@ -465,16 +465,34 @@ class Recorder:
                 raise
             return False
 
-    def _track(self, trial: int, line: Mapping[str, Any]) -> None:
-        tracker = self.trackers[trial]
-        if tracker is None:
-            return
-        if line["kind"] == "step":
-            tracker.log({"train": {"loss": line["loss"], "lr": line["lr"]}, "epoch": line["epoch"]}, line["step"])
-        else:
-            values = {"loss": line["loss"], **line["metrics"]}
-            logged = {"validation": values, "distance": line["distance"], "lambda": line["lambda"]}
-            tracker.log(logged, line["step"])
+
+def stand_for(trained: results.StoredTrial, trial: Trial, folder: TrialFolder, tracking: Tracking) -> Result:
+    """Ends a trial, whose folder is open, as one has ended whose training was the same; wandb has both.
+
+    Raises:
+        ResultsError: a file of the trained one is damaged, or the folder cannot be written.
+    """
+    folder.copy(trained)
+    tracker = tracking.start(trial.id, trial.resolved(), folder.path, group=trial.sweep, ignore=NOT_THE_TRIAL)
+    for line in trained.content(results.METRICS).splitlines():
+        _track(tracker, json.loads(line))
+    own = {"schema": results.SCHEMA, "id": trial.id, "sweep": trial.sweep, "config": trial.resolved()}
+    result = cast(Result, {**results.without_hashes(trained.result), **own, "trained_as": trained.result["id"]})
+    folder.finish(result)
+    tracker.finish(result["status"], {"best": result["best"], "last": result["last"]})
+    return result
+
+
+def _track(tracker: Tracker | None, line: Mapping[str, Any]) -> None:
+    """Passes a line of metrics.jsonl to a wandb run."""
+    if tracker is None:
+        return
+    if line["kind"] == "step":
+        tracker.log({"train": {"loss": line["loss"], "lr": line["lr"]}, "epoch": line["epoch"]}, line["step"])
+    else:
+        values = {"loss": line["loss"], **line["metrics"]}
+        logged = {"validation": values, "distance": line["distance"], "lambda": line["lambda"]}
+        tracker.log(logged, line["step"])
 
 
 def _result(

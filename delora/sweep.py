@@ -145,7 +145,8 @@ def print_plan(trials: Sequence[Trial]) -> None:
     missing = sweep.missing()
     if missing:
         _get_ready(missing)
-    groups = plan(missing, sweep.trials)
+    trained = sweep.to_train(missing)
+    groups = plan(trained, sweep.trials)
     measured: dict[str, float] = {}  # seconds of a trial of a company that has finished ones
     for folder, result in sweep.found.items():
         measured.setdefault(sweep.trials[folder].company, result["seconds"]["total"] / result["fleet_size"])
@@ -169,8 +170,10 @@ def print_plan(trials: Sequence[Trial]) -> None:
         )
         table.add_row(str(number), str(len(group.trials)), about, memory, duration(seconds) if seconds else "unknown")
     Rich(width=200).print(table)
+    others = len(missing) - len(trained)
     print(
-        f"{len(sweep.trials)} trials: {len(sweep.found)} done, {len(missing)} to run in {len(groups)} fleets, "
+        f"{len(sweep.trials)} trials: {len(sweep.found)} done, {len(trained)} to run in {len(groups)} fleets, "
+        f"{f'{others} the same training under another name, ' if others else ''}"
         f"roughly {duration(total)}{'' if known else ' and what is unknown'}. Nothing was trained."
     )
 
@@ -204,6 +207,9 @@ class Sweep:
         self.found: dict[Path, Result] = {}
         self.failures: dict[Path, Exception] = {}
         self.retried: set[Path] = set()
+        self.twins: dict[str, list[Trial]] = {}  # trials that are one training
+        for trial in self.trials.values():
+            self.twins.setdefault(trial.training, []).append(trial)
         _refuse_changes(self.trials.values())
 
     def missing(self) -> list[Trial]:
@@ -212,6 +218,19 @@ class Sweep:
             if folder not in self.found and (result := _finished(trial)):
                 self.found[folder] = result
         return [t for folder, t in self.trials.items() if folder not in self.found and folder not in self.failures]
+
+    def to_train(self, missing: Iterable[Trial]) -> list[Trial]:
+        """Of the missing trials those that train; the others end as one of them does, or as one that has ended."""
+        return [trial for trial in missing if self._trained_as(trial) is trial]
+
+    def _trained_as(self, trial: Trial) -> Trial:
+        """The first trial with the same training that has ended with all its files; else the first that is to train."""
+        twins = self.twins[trial.training]
+        for twin in twins:
+            result = self.found.get(twin.folder)
+            if result and result["schema"] == results.SCHEMA and "trained_as" not in result:
+                return twin
+        return next(twin for twin in twins if twin.folder not in self.found and twin.folder not in self.failures)
 
     def run(self) -> list[Result | None]:
         new = list(self._new_folders())
@@ -240,7 +259,7 @@ class Sweep:
                 for mark in owed:
                     results.replace(mark, b"", config.root)
             while missing:
-                groups = plan(missing, self.trials)
+                groups = plan(self.to_train(missing), self.trials)
                 try:
                     for group in groups:
                         group.keep()
@@ -254,6 +273,9 @@ class Sweep:
                 missing = self.missing()
                 for folder in self.found.keys() - known:  # another process has finished them
                     self.console.finished(self.trials[folder], self.found[folder])
+                for trial in missing:
+                    self._stand_for(self._trained_as(trial), trial)
+                missing = self.missing()
                 if len(missing) == before:
                     time.sleep(SECONDS_BETWEEN_LOOKS)  # another process has them
             if owed:
@@ -392,6 +414,23 @@ class Sweep:
             self.found[group.trials[k].folder] = result
             self.console.finished(group.trials[k], result)
         self.failures |= {group.trials[k].folder: error for k, error in over[1].items()}
+
+    def _stand_for(self, trained: Trial, trial: Trial) -> None:
+        """Ends a trial as one with the same training has ended, if it has."""
+        from delora.run import stand_for
+
+        if trained.folder not in self.found:
+            return
+        try:
+            with _open(trial) as folder:
+                if not folder.finished:
+                    result = stand_for(results.read(trained.folder), trial, folder, self.tracking)
+                    self.found[trial.folder] = result
+                    self.console.finished(trial, result)
+        except InUse:
+            pass  # another process ends it just now
+        except UserError as error:
+            self._fail(trial, error)
 
     def _fail(self, trial: Trial, error: Exception) -> None:
         if trial.folder in self.found:

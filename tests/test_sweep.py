@@ -251,6 +251,103 @@ def test_the_same_name_with_another_config_is_refused_with_the_difference(tmp_pa
     assert len(results.find(tmp_path / "outputs" / "s").trials) == 6
 
 
+# --- One training under several names
+
+
+ONE = ["all", "adapter", "lambda"]  # the same at factor 1
+
+
+def names_of_one(folder: Path, *words: str, on: list[str] = ONE) -> list[Trial]:
+    common = [*SMALL, *QUICK, "epochs=2", "method=delora", "method.dropout=0.1", "sweep=s", f"output_dir={folder}"]
+    return compose_trials([*common, *words], [{"lr_factor_on": name} for name in on])
+
+
+def test_what_is_one_training():
+    delora, lora = (["model=tiny", "data=synthetic", f"method={method}"] for method in ("delora", "lora"))
+    changes: list[dict[str, object]] = [
+        {"lr": 0.002, "lr_factor": 0.5},
+        {"lr": 0.001},
+        {"lr": 0.001, "method.base_lr": 7.0},
+        {"lr": 0.001, "lr_factor_on": "adapter"},
+        {"lr": 0.001, "weight_decay": 0.3},
+        {"lr": 0.001, "seed": 7},
+        {"lr": 0.002, "lr_factor": 0.5, "lr_factor_on": "adapter"},
+    ]
+    trials = compose_trials(lora, changes)
+    assert [trial.training == trials[0].training for trial in trials] == [True] * 4 + [False, False, True]
+    trials = compose_trials(delora, changes)  # the factor is on λ's rate too
+    assert [trial.training == trials[1].training for trial in trials] == [False, True, True, True, False, False, True]
+    assert len({trial.id for trial in trials}) == len(trials)
+
+
+def test_one_training_stands_under_each_name(tmp_path):
+    trials = names_of_one(tmp_path)
+    first, *others = run(trials)
+    assert "trained_as" not in first and {other["trained_as"] for other in others} == {trials[0].id}
+    assert [other["fleet_size"] for other in others] == [1, 1]
+    stored = [results.read(trial.folder) for trial in trials]
+    for trial, one in zip(trials, stored, strict=True):
+        assert one.result["config"] == trial.resolved() and one.result["id"] == trial.id
+        for name in (results.METRICS, results.ADAPTER, results.PREDICTIONS):
+            assert one.content(name) == stored[0].content(name)
+    alone = names_of_one(tmp_path / "alone", on=["lambda"])
+    run(alone)
+    parts = ["steps", "evaluations", "tensors"]
+    ours, theirs = (everything(t.folder.parent)[t.folder.name][1:] for t in (trials[2], alone[0]))
+    assert dict(zip(parts, ours, strict=True)) == dict(zip(parts, theirs, strict=True))
+
+
+def test_a_name_is_added_without_training(tmp_path, monkeypatch):
+    [first] = names_of_one(tmp_path, on=["lambda"])
+    run([first])
+    trials = names_of_one(tmp_path)
+
+    def train(*_: object) -> None:
+        raise AssertionError
+
+    with monkeypatch.context() as patched:
+        patched.setattr("delora.run.run_fleet", train)
+        assert [result.get("trained_as") for result in run(trials)] == [first.id, first.id, None]
+        shutil.rmtree(trials[1].folder)
+        assert [result.get("trained_as") for result in run(trials)] == [first.id, first.id, None]
+
+
+@pytest.mark.parametrize("until", [results.METRICS, results.ADAPTER, results.PREDICTIONS, results.RESULT])
+def test_a_copy_that_was_killed_is_made_again(tmp_path, until, monkeypatch):
+    trials = names_of_one(tmp_path, on=["all", "adapter"])
+    save = results.TrialFolder.save
+
+    def killed(folder: results.TrialFolder, name: str, data: bytes) -> None:
+        if folder.path == trials[1].folder and name == until:
+            raise KeyboardInterrupt
+        save(folder, name, data)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(results.TrialFolder, "save", killed)
+        with pytest.raises(KeyboardInterrupt):
+            run(trials)
+    assert not (trials[1].folder / results.RESULT).exists()
+    assert [result["status"] for result in run(trials)] == ["done", "done"]
+    first, second = (results.read(trial.folder) for trial in trials)
+    assert second.result["trained_as"] == first.result["id"] and list(second.steps()) == list(first.steps())
+
+
+def test_a_damaged_file_stands_for_nothing(tmp_path, capsys):
+    trials = names_of_one(tmp_path, on=["all", "adapter"])
+    run(trials[:1])
+    adapter = trials[0].folder / results.ADAPTER
+    adapter.write_bytes(adapter.read_bytes()[:-1] + b"\x7f")
+    assert [bool(result) for result in run(trials)] == [True, False]
+    assert f"{adapter}: damaged" in " ".join(capsys.readouterr().err.split())
+    assert not (trials[1].folder / results.RESULT).exists()
+
+
+def test_a_failed_training_is_tried_under_its_other_names(tmp_path, plugin):
+    words = [*SMALL, *FEW, "--config-dir", "conf", "-m", "method=fails", "method.alpha=13", "name=s"]
+    answer = command(*words, "lr_factor_on=all,adapter", cwd=tmp_path, env=plugin)
+    assert answer.returncode == 1 and answer.stderr.count("failed: ZeroDivisionError: thirteen") == 2, answer.stderr
+
+
 # --- Interruptions
 
 

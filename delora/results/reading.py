@@ -50,6 +50,17 @@ class StoredTrial:
         """Tensors by name, any shape, of `ADAPTER` or `PREDICTIONS`. Raises ResultsError where it is not as it was."""
         return read_tensors(self.folder / name, framework, self._sha256(name))[0]
 
+    def content(self, name: str) -> bytes:
+        """The bytes of a file of the trial. Raises ResultsError where it is missing or not as it was."""
+        path, sha256 = self.folder / name, self._sha256(name)
+        try:
+            data = content(path, LOG_LIMIT if name == METRICS else TENSOR_LIMIT)
+        except OSError as error:
+            raise ResultsError(f"{path}: {error.strerror or error}") from None
+        if sha256 and hashlib.sha256(data).hexdigest() != sha256:
+            raise ResultsError(_damaged(path))
+        return data
+
     def _sha256(self, name: str) -> str | None:
         """The stored hash of a file. Raises ResultsError for a name that the trial did not end with."""
         if self.result["schema"] == WITHOUT_HASHES:
@@ -60,14 +71,7 @@ class StoredTrial:
 
     def _records(self, kind: str, other: str) -> Iterator[Any]:
         path, other_line = self.folder / METRICS, f'{{"kind": "{other}"'.encode()
-        try:
-            data = content(path, LOG_LIMIT)
-        except OSError as error:
-            raise ResultsError(f"{path}: {error.strerror or error}") from None
-        sha256 = self._sha256(METRICS)
-        if sha256 and hashlib.sha256(data).hexdigest() != sha256:
-            raise ResultsError(_damaged(path))
-        for number, line in enumerate(data.splitlines(keepends=True), start=1):
+        for number, line in enumerate(self.content(METRICS).splitlines(keepends=True), start=1):
             if line.startswith(other_line) or not line.endswith(b"\n"):
                 continue  # without its end it was torn off by a kill
             try:

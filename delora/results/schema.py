@@ -83,6 +83,7 @@ class Result(TypedDict):
     """result.json. `best` and `last` are null where nothing was scored before the trial broke off.
 
     `files` holds the sha256 of each file beside it that the trial ended with, `sha256` that of all the rest of it.
+    `trained_as` is the id of the trial of the sweep whose training was the same, and whose files these are.
     """
 
     schema: int
@@ -101,6 +102,7 @@ class Result(TypedDict):
     tokens: Tokens
     fleet_size: int
     made_by: MadeBy
+    trained_as: NotRequired[str]
     files: NotRequired[dict[str, str]]
     sha256: NotRequired[str]
 

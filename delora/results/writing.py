@@ -18,7 +18,7 @@ import yaml  # type: ignore[import-untyped]
 
 from delora.errors import UserError
 from delora.results.files import LOG_LIMIT, Folder, ResultsError, explain, write
-from delora.results.reading import parse_config, parse_result
+from delora.results.reading import StoredTrial, parse_config, parse_result
 from delora.results.schema import (
     ADAPTER,
     CONFIG,
@@ -157,6 +157,19 @@ class TrialFolder:
 
         contiguous = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
         self.save(name, safetensors.torch.save(contiguous, dict(metadata)))
+
+    def copy(self, trained: StoredTrial) -> None:
+        """Takes the log and the tensors of a trial whose training was the same, each as it was when that ended.
+
+        Raises:
+            ResultsError: one of them is missing or damaged.
+        """
+        self.restart()
+        for name in (METRICS, ADAPTER, PREDICTIONS):
+            if name in trained.result["files"]:
+                self.save(name, data := trained.content(name))
+                if name == METRICS:
+                    self._remember(data)
 
     def finish(self, result: Result) -> None:
         """Writes result.json with the hashes of the files beside it, after which the trial is over.
