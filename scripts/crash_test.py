@@ -154,7 +154,9 @@ class Crashes:
                 self.progress["kills"] += 1
             elif process.status:
                 raise SystemExit(f"crash_test: error: {place}:\n{process.output()}")
-            if killed and draw.random() < 0.5:
+            if fresh:
+                journal.settle()  # what it synced is not recorded
+            elif killed and draw.random() < 0.5:
                 journal.tear(draw)
                 self.counts[TORN] += 1
                 ended = times(root)
@@ -349,6 +351,10 @@ class Journal:
         for path in sorted(self.place.glob(f"outputs/s/*/{results.METRICS}")):
             there, safe = path.read_bytes(), copies.get(str(path), self._durable(path))
             path.write_bytes(torn(there, safe, draw))
+        self.settle()
+
+    def settle(self) -> None:
+        """Takes all that is there for synced."""
         shutil.rmtree(self.folder, ignore_errors=True)
         for path in self.place.glob(f"outputs/s/*/{results.METRICS}"):
             self._durable_copy(path).parent.mkdir(parents=True, exist_ok=True)
@@ -410,7 +416,11 @@ def everything(root: Path) -> dict[str, Any]:
 
 def faults(root: Path, whole: dict[str, Any]) -> Iterator[str]:
     """What differs from an undisturbed sweep, or was left behind."""
-    found = everything(root)
+    try:
+        found = everything(root)
+    except results.ResultsError as error:
+        yield str(error)
+        return
     yield from (f"{name} is lost" for name in whole.keys() - found.keys())
     for name in found.keys() & whole.keys():
         parts = zip(("result", "steps", "evaluations", "tensors"), found[name], whole[name], strict=True)
