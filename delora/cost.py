@@ -45,7 +45,7 @@ def needed_bytes(
     packs = families()[shape.family].packs
     count = examples * (min(SPREAD * float(train.lengths_S.mean()), longest) if packs else longest)
     if device.type == "cpu":  # in parts, one of which has the longest examples
-        count = min(examples, examples_on_cpu(trials)) * longest
+        count = min(examples, examples_on_cpu(trials, shape.width)) * longest
     per_token = shape.width * 34 + 5 * shape.heads * longest
     activations = int(count * shape.layers * per_token * size / 2)
     linears = families()[shape.family].linears(shape).values()

@@ -213,7 +213,7 @@ class Step:
     def _parts(self, index_KB: Tensor) -> Sequence[Tensor]:
         size = -(-index_KB.shape[1] // self.fleet.trials[0].accumulation)
         if self.tokens.on_cpu:  # starting an operation costs nothing there
-            size = min(size, examples_on_cpu(len(index_KB)))
+            size = min(size, examples_on_cpu(len(index_KB), self.fleet.base.config.hidden_size))
         return index_KB.split(size, dim=1)
 
     def _compute(self, index_KB: Tensor, step: Tensor, widths: Widths) -> Tensor:
@@ -234,9 +234,10 @@ class Step:
         return loss_K
 
 
-def examples_on_cpu(trials: int) -> int:
-    """How many examples of each trial are computed at once on a CPU."""
-    return 16 if trials == 1 else 8
+def examples_on_cpu(trials: int, width: int) -> int:
+    """How many examples of each trial are computed at once on a CPU, by an encoder of that width: wide ones take as
+    long for each of fewer, and half of the memory."""
+    return 16 if trials == 1 and width < 512 else 8
 
 
 def make_optimizer(fleet: Fleet, total_steps: int) -> FleetAdamW:
