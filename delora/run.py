@@ -534,13 +534,13 @@ def load(folder: str | Path, methods: Sequence[type[Method]] = ()) -> Fleet:
     """
     stored = results.read(folder)
     trial = Trial.from_config(stored.result["config"])
-    task, target, package = TASKS[trial.task.name], trial.method.target, trial.model.package
+    task, target = TASKS[trial.task.name], trial.method.target
     known = [f"{method.__module__}.{method.__qualname__}" for method in methods]
     if target not in known and not target.startswith("delora.methods."):
         named = f"delora.load({str(folder)!r}, methods=[{target.rpartition('.')[2]}])"
         raise UserError(f"{folder}: trained with {target}, which is no method of delora; if it is yours: {named}")
-    if package is not None and package not in _known_packages():
-        raise UserError(f"{folder}: its encoder is in the package {package}, which no file of conf/model names")
+    if unknown := set(trial.model.packages) - known_packages():
+        raise UserError(f"{folder}: its encoder is in {', '.join(sorted(unknown))}, which no file of conf/model names")
     if lack := missing_encoder(trial.model):
         raise UserError(f"missing on this machine:\n{lack}")
     encoder = pretrained.load(trial.model, task)
@@ -553,7 +553,8 @@ def load(folder: str | Path, methods: Sequence[type[Method]] = ()) -> Fleet:
     return fleet.eval()
 
 
-def _known_packages() -> set[str]:
+def known_packages() -> set[str]:
     """The packages with an encoder that conf/model names."""
     options = [OmegaConf.load(path) for path in (conf_folder() / "model").glob("*.yaml")]
-    return {option.package for option in options if "package" in option}
+    named = [option.package for option in options if "package" in option]
+    return {package for names in named for package in ([names] if isinstance(names, str) else names)}

