@@ -124,7 +124,7 @@ def test_any_rank_in_half_precision(rank):
 
 @pytest.mark.parametrize(
     ("name", "told"),
-    [("lora", "lora has no class lora; did you mean LoRA?"), ("LowRnk", "lora has no class LowRnk"), ("draw", "draw")],
+    [("lora", "lora has no class lora; did you mean LoRA?"), ("Tensr", "lora has no class Tensr"), ("draw", "draw")],
 )
 def test_a_class_that_is_not_there_is_named_with_the_nearest_of_the_module(name, told):
     """Not with what the module imports."""
