@@ -44,6 +44,8 @@ def require_all(trials: Sequence[Trial]) -> None:
         where = {key: value for key, value in trial.data.options().items() if key in ("source", "dir")}
         for text in (data.missing(TASKS[trial.task.name], **where), missing_encoder(trial.model)):
             lacks |= {text: None} if text else {}
+    if lacks and not any("\n" in text for text in lacks):  # each says what to do; nothing is to be fetched from the hub
+        raise UserError("\n".join(lacks))
     if lacks:
         first = waiting[0]
         embedded = f"delora-run task={first.task.name} method={first.method.name} model=minilm data=synthetic"

@@ -515,6 +515,29 @@ def test_a_command_over_a_malformed_checkpoint_ends_before_it_begins(roberta, tm
     assert list(tmp_path.iterdir()) == [folder]
 
 
+def half_the_tensors(folder: Path) -> None:
+    tensors(lambda t: dict(sorted(t.items())[::2]))(folder)
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (without("config.json", "tokenizer*"), "encoder lacks config.json and a tokenizer"),
+        (adapter, "encoder holds an adapter alone"),
+        (half_the_tensors, "the weights in encoder lack, or have in another shape, roberta."),
+    ],
+)
+def test_a_command_over_half_a_checkpoint_says_one_line_and_leaves_nothing(roberta, tmp_path, damage, told):
+    folder = copy_of(roberta, tmp_path)
+    damage(folder)
+    words = [*(word for word in SMALL if word != "model=tiny"), *FEW, "model=encoder", "-m", "seed=1,2", "name=s"]
+    before = sorted(tmp_path.rglob("*"))
+    answer = command(*words, cwd=tmp_path, env={"XDG_CACHE_HOME": str(tmp_path / "cache")})
+    assert (answer.returncode, answer.stdout, answer.stderr.count("\n")) == (2, "", 1)
+    assert answer.stderr.startswith("delora-run: error: the encoder encoder: ") and told in answer.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
 def test_a_wrong_hash_and_a_tokenizer_that_tells_more_kinds_apart_are_refused(roberta, tmp_path):
     with pytest.raises(UserError, match=rf"have sha256 {sha256(roberta / WEIGHTS)}, expected {'a' * 64}"):
         load(roberta, sha256="a" * 64)
