@@ -79,6 +79,16 @@ def test_a_packed_batch_is_the_padded_one_without_padding(tokens, tokenizer):
     assert torch.equal(layout.length_KB.long(), length_KB) and layout.span == length_KB.max()
 
 
+def test_padded_batches_on_a_gpu_have_few_widths_and_none_beyond_the_longest_example(tokens, tokenizer, monkeypatch):
+    monkeypatch.setattr(Tokens, "on_cpu", False)
+    assert tokens.width(INDEX_KB, packed=False) == (3 * MAX_LENGTH, MAX_LENGTH)
+    tokens.longest = 100
+    assert tokens.width(INDEX_KB, packed=False) == (48, 16)
+    batch, theirs = tokens.gather(INDEX_KB, packed=False), expected(tokenizer, INDEX_KB)
+    assert torch.equal(batch.inputs["input_ids"][:, :MAX_LENGTH].long(), theirs["input_ids"])
+    assert not batch.inputs["attention_mask"][:, MAX_LENGTH:].any()
+
+
 def test_batches_in_order_hold_each_example_once_the_short_ones_first(tokens):
     index_KS = torch.tensor([[0, 1, 2, 3, 4], [4, 3, 2, 1, 0]])
     columns, batches = zip(*tokens.in_order(index_KS, 2), strict=True)

@@ -51,6 +51,7 @@ class Batch:
 
 
 MULTIPLE = 32  # of tokens, where each width of a row costs something: on a GPU a graph is recorded for it
+PADDED_MULTIPLE = 8  # of an example's tokens, for the same reason
 
 
 class Tokens:
@@ -98,11 +99,14 @@ class Tokens:
     def width(self, index_KB: Tensor, packed: bool = True) -> tuple[int, int]:
         """Tokens of a row that holds any trial's examples `index_KB` (on the CPU), and the span of an example.
 
-        The span is the longest example's; of packed batches on a GPU one that is the same for the whole split.
+        The span is the longest example's; of packed batches on a GPU one that is the same for the whole split, of
+        padded ones there a multiple of `PADDED_MULTIPLE`.
         """
         lengths_KB = self.lengths_S[index_KB.numpy()]
         longest = int(lengths_KB.max())
         if not packed:
+            if not self.on_cpu:
+                longest = min(-(-longest // PADDED_MULTIPLE) * PADDED_MULTIPLE, self.longest)
             return index_KB.shape[1] * longest, longest
         tokens = int(lengths_KB.sum(1).max())
         if self.on_cpu:

@@ -185,7 +185,7 @@ def write(file: int, data: bytes) -> None:
 def explain(path: Path, error: OSError) -> str:
     advice = "Finished trials stay valid."
     if error.errno == errno.ENOENT:
-        advice = f"It was removed while the trial ran. {advice}"
+        advice = f"It cannot be made there, or was removed while the trial ran. {advice}"
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         advice = f"{advice} Free some space and run the same command again."
     if error.errno == errno.ELOOP:
