@@ -55,6 +55,21 @@ def attend(
     return context.transpose(2, 3).reshape(hidden_states.shape), None
 
 
+def relative_positions(self: Any, hidden_states: Any, query_states: Any = None, relative_pos: Any = None) -> Any:
+    """In the place of DebertaV2Encoder.get_rel_pos: made once for each length, since making them copies numbers to the
+    GPU, which no recording takes."""
+    import torch
+
+    if not self.relative_attention or relative_pos is not None or query_states is not None:
+        return type(self).get_rel_pos(self, hidden_states, query_states, relative_pos)
+    place = hidden_states.shape[1], hidden_states.device
+    known = self.__dict__.setdefault("known_positions", {})
+    if place not in known:
+        with torch.inference_mode(False):  # training takes them too
+            known[place] = type(self).get_rel_pos(self, hidden_states)
+    return known[place]
+
+
 class Deberta(Encoder):
     types = ("deberta-v2",)
     prefix = "deberta"
@@ -68,4 +83,4 @@ class Deberta(Encoder):
     }
     packs = False
     cut, after_attention = None, ()
-    replaced = {"DisentangledSelfAttention.forward": attend}
+    replaced = {"DisentangledSelfAttention.forward": attend, "DebertaV2Encoder.get_rel_pos": relative_positions}
