@@ -22,6 +22,7 @@ from delora import results
 from delora.errors import UserError
 from delora.results import ResultsError, find, open_trial, read, read_tensors, without_hashes, writing
 from delora.results import made_by as made_by_room
+from delora.results.files import content
 
 CONFIG = {
     "task": {"name": "mrpc"},
@@ -784,3 +785,8 @@ while True:
         assert process.wait(timeout=20) != 0
     assert (path / "adapter.safetensors").stat().st_size in (1000, 50_000_000)
     assert not list(path.glob(".*.tmp"))
+
+
+def test_a_file_that_tells_no_size_is_read_no_further_than_its_limit():
+    with pytest.raises(OSError, match="larger than 0 MiB"):
+        content(Path("/proc/self/maps"), limit=10)

@@ -148,3 +148,8 @@ def test_a_signal_that_is_ignored_at_the_start_stays_ignored():
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def test_results_that_cannot_be_written_end_with_status_1(tmp_path):
+    answer = command(*SMALL, *FEW, "output_dir=/proc/nowhere", cwd=tmp_path)
+    assert answer.returncode == 1 and "cannot write /proc/nowhere/" in answer.stderr, answer.stderr
