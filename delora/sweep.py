@@ -311,13 +311,15 @@ class Sweep:
                     names = self._mend(fleet, error)
                 if names and all(self._has_ended(root / name) for name in names):
                     _forget(fleet)
+            with suppress(OSError):  # others are in it, or it was not made
+                (root / FLEETS).rmdir()
 
     def _mend(self, fleet: Path, error: Exception) -> list[str]:
         """Takes a fleet's trials from its state, and sets aside what is damaged; none where the state is no help."""
         from delora.run import read_state
 
-        with suppress(OSError):  # another process is ending it, or beginning it
-            fleet.rmdir()
+        if all(path.name.startswith(".") for path in fleet.glob("*")):  # begun or ended when a kill came, or just now
+            _forget(fleet)
             return []
         stored = read_state(fleet / STATE)
         names = stored[1]["folders"] if stored else []

@@ -587,6 +587,20 @@ def test_what_a_kill_after_the_last_result_leaves_is_mended_by_the_same_command(
     assert len(list(root.glob("wandb/offline-run-*summary*"))) == 1
 
 
+def test_what_a_kill_leaves_of_a_fleet_that_has_not_begun_or_has_ended_is_removed(tmp_path, caplog):
+    trials, fleets = pair(tmp_path, *FEW, "epochs=1"), tmp_path / "s" / ".fleets"
+    run(trials)
+    for files in ([], [".trials.json.tmp"], [".trials.json.tmp", ".state.safetensors.tmp"]):
+        for with_folder in (True, False):
+            fleets.mkdir()
+            if with_folder or files:
+                (fleets / "0123456789abcdef").mkdir()
+            for name in files:
+                (fleets / "0123456789abcdef" / name).write_text("[")
+            run(trials)
+            assert not fleets.exists() and "set aside" not in caplog.text
+
+
 # --- What leaves no folder
 
 
