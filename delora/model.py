@@ -158,6 +158,8 @@ class Fleet(nn.Module):
         base, config = self.base, self.base.config
         config.return_dict, config.use_cache = True, False
         base.set_attn_implementation(attention.NAME if self.known else attention.OF_UNKNOWN)
+        if self.known:  # masks are made by this name also where transformers takes no other attention
+            config._attn_implementation = attention.NAME
         for module in base.modules():
             if hasattr(module, "chunk_size_feed_forward"):
                 module.chunk_size_feed_forward = 0  # parts along tokens, which packed rows have not in common

@@ -11,8 +11,10 @@ import torch
 import transformers
 from conftest import compose_trials, conf_folder
 from safetensors.torch import load_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from delora import encoders, pretrained, run, train
+from delora.attention import NAME
 from delora.data import Rows
 from delora.data.batches import Tokens
 from delora.errors import UserError
@@ -162,6 +164,31 @@ def test_deberta_without_relative_attention(tmp_path):
     with torch.no_grad():
         theirs = own_model(folder, fleet)(**inputs).logits
         torch.testing.assert_close(fleet.eval()(**inputs).logits, theirs, rtol=1e-9, atol=1e-9)
+
+
+class NoNumberFromTheHost(TorchDispatchMode):
+    """Refuses what makes a tensor of a number: on a GPU that is a copy from the host, which no recording takes."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        assert function is not torch.ops.aten.lift_fresh.default
+        return function(*args, **(kwargs or {}))
+
+
+@each_kind
+def test_a_step_can_be_recorded(kind, checkpoints):
+    """Once a batch of its length was computed."""
+    fleet, loaded = fleet_of(trials_of(checkpoints(kind), [1, 2]))
+    batch = tokens_of(fleet, loaded)["train"].gather(torch.arange(8).view(2, 4), fleet.packs)
+    step = torch.tensor(3)
+    fleet.train().keys.set(batch.layout, step, 0)
+    first = fleet.logits(batch)
+    with NoNumberFromTheHost():
+        fleet.keys.set(batch.layout, step, 0)
+        again = fleet.logits(batch)
+        again.sum().backward()
+    assert torch.equal(again, first)
+    # By this name masks are made, in a recording too; under others some transformers make them of numbers then.
+    assert fleet.base.config._attn_implementation == NAME
 
 
 @each_kind
