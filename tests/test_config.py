@@ -1,11 +1,14 @@
 """Every file of conf/ against the schema, the schema's bounds, and what identifies a trial."""
 
+import copy
 import hashlib
 import importlib.util
 import inspect
 import itertools
 import json
+import math
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -16,8 +19,9 @@ from omegaconf import OmegaConf
 
 from delora import data
 from delora.cli import conf_folder
-from delora.config import ConfigError, Trial
+from delora.config import ConfigError, Trial, look_up
 from delora.encoders import matches
+from delora.results import flatten
 from delora.tasks import TASKS
 
 METHODS = sorted(path.stem for path in (conf_folder() / "method").glob("*.yaml"))
@@ -109,28 +113,18 @@ def test_minilm_s_shape_and_hash_are_the_package_s():
     ("key", "value", "message"),
     [
         ("lr", -1, "lr=-1: must be above 0"),
-        ("lr", 0.0, "lr=0.0: must be above 0"),
         ("lr", float("nan"), "lr=nan: expected a finite number"),
-        ("lr", float("inf"), "lr=inf: expected a finite number"),
         ("lr", "abc", "lr=abc: expected a number"),
         ("lr", None, "lr=null: expected a number"),
         ("lr", True, "lr=true: expected a number"),
         ("lr", "${nothing}", "lr=${nothing}: Interpolation key 'nothing' not found"),
         ("seed", "abc", "seed=abc: expected a whole number"),
-        ("seed", -1, "seed=-1: must be at least 0"),
         ("epochs", 2.5, "epochs=2.5: expected a whole number"),
-        ("epochs", 0, "epochs=0: must be at least 1"),
         ("batch_size", True, "batch_size=true: expected a whole number"),
         ("accumulation", 33, "accumulation=33: a batch of 32 cannot be cut into 33 parts"),
         ("epochs", 10**20, "epochs=100000000000000000000: must be at most 100000"),
         ("epochs", 1e20, "epochs=1e+20: expected a whole number"),
-        ("batch_size", 10**8, "batch_size=100000000: must be at most 10000000"),
-        ("fleet.size", 10**10, "fleet.size=10000000000: must be at most 1000000000"),
-        ("max_length", 7, "max_length=7: must be at least 8"),
         ("max_length", 513, "max_length=513: above 512, the longest input of model=roberta-base"),
-        ("warmup_ratio", 1, "warmup_ratio=1: must be below 1"),
-        ("clip_norm", 0, "clip_norm=0: must be above 0"),
-        ("weight_decay", -0.1, "weight_decay=-0.1: must be at least 0"),
         ("device", "gpu", "expected one of auto, cpu, cuda, cuda:1, mps"),
         ("precision", "float31", "did you mean float32?"),
         ("name", "../up", "name=../up: expected up to 100 letters"),
@@ -139,8 +133,6 @@ def test_minilm_s_shape_and_hash_are_the_package_s():
         ("output_dir", "", "output_dir=: expected text"),
         ("task.name", "mprc", "did you mean mrpc?"),
         ("task.name", "RTE", "did you mean rte?"),
-        ("method.dropout", 1.0, "method.dropout=1.0: must be below 1"),
-        ("method.rank", 0, "method.rank=0: must be at least 1"),
         ("method.rank", 769, "method.rank=769: above 768"),
         ("method.init", "zeros", "did you mean zero?"),
         ("method.betas", [0.9], "method.betas=[0.9]: the list is too short"),
@@ -150,12 +142,8 @@ def test_minilm_s_shape_and_hash_are_the_package_s():
         ("method.targets", ["pooler.dense"], "method.targets=pooler.dense: matches no linear layer"),
         ("model.source", None, "model: expected one of source, package and random"),
         ("model.shape", 3, "model.shape=3: expected a group of keys"),
-        ("model.shape.layers", 10**12, "model.shape.layers=1000000000000: must be at most 1000"),
-        ("model.shape.width", 10**12, "model.shape.width=1000000000000: must be at most 100000"),
-        ("model.shape.ffn", 10**12, "model.shape.ffn=1000000000000: must be at most 100000"),
         ("model.shape.family", "brt", "model.shape.family=brt: expected one of albert, bert,"),
         ("model.shape.heads", 5, "model.shape.heads=5: does not divide the width 768"),
-        ("model.sha256", "12", "model.sha256=12: expected 64 hexadecimal digits"),
         ("lrr", 1, "lrr: no such key"),
         ("data.dri", 1, "data.dri: no such key"),
     ],
@@ -165,10 +153,102 @@ def test_an_impossible_value_is_the_one_fault(key, value, message):
     assert len(faults) == 1 and message in faults[0], faults
 
 
+NEXT_TO_0, NEXT_TO_1, LARGEST = math.ulp(0.0), math.nextafter(1.0, 0.0), sys.float_info.max
+NO_END = {LARGEST: None, math.inf: "expected a finite number"}
+POSITIVE = {0.0: "must be above 0", NEXT_TO_0: None, **NO_END}
+NOT_NEGATIVE = {-NEXT_TO_0: "must be at least 0", 0.0: None, **NO_END}
+SHARE = {-NEXT_TO_0: "must be at least 0", 0.0: None, NEXT_TO_1: None, 1.0: "must be below 1"}
+
+
+def whole(low: int, high: int) -> dict[int, str | None]:
+    return {low - 1: f"must be at least {low}", low: None, high: None, high + 1: f"must be at most {high}"}
+
+
+SEEDS, ROWS, WIDTHS = whole(0, 2**32 - 1), whole(1, 10**7), whole(1, 10**5)
+BOUNDS = {  # what is said of the values at each edge and just beyond
+    **dict.fromkeys(("lr", "lr_factor", "clip_norm", "method.base_lr"), POSITIVE),
+    **dict.fromkeys(("method.alpha", "method.lambda_init"), POSITIVE),
+    **dict.fromkeys(("weight_decay", "fleet.checkpoint_seconds"), NOT_NEGATIVE),
+    **dict.fromkeys(("method.weight_decay", "method.lambda_lr"), NOT_NEGATIVE),
+    **dict.fromkeys(("warmup_ratio", "method.dropout"), SHARE),
+    **dict.fromkeys(("seed", "data.seed"), SEEDS),
+    **dict.fromkeys(("batch_size", "accumulation", "data.rows.train", "data.rows.validation"), ROWS),
+    **dict.fromkeys(("method.rank", "method.blocks"), WIDTHS),
+    **dict.fromkeys(("model.shape.width", "model.shape.ffn", "model.shape.heads"), WIDTHS),
+    **dict.fromkeys(("log_every", "fleet.size"), whole(1, 10**9)),
+    "epochs": whole(1, 10**5),
+    "max_length": whole(8, 10**5),
+    "model.shape.layers": whole(1, 1000),
+    "model.shape.positions": whole(1, 10**7),
+}
+
+
+@pytest.fixture(scope="module")
+def tiny() -> dict:
+    """A config as plain data."""
+    return compose_trial("model=tiny", "data=synthetic").resolved()
+
+
+def faults_with(config: dict, values: dict[str, object]) -> list[str]:
+    """The faults of a plain config with other values by dotted key."""
+    config = copy.deepcopy(config)
+    for key, value in values.items():
+        part, _, last = key.rpartition(".")
+        (look_up(config, part) if part else config)[last] = value
+    return list(map(str, Trial.check(config)[1]))
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"), [(key, *edge) for key, edges in BOUNDS.items() for edge in edges.items()]
+)
+def test_each_bound_is_where_it_is_said_to_be(tiny, key, value, message):
+    faults = faults_with(tiny, {key: value})
+    of_bounds = [fault for fault in faults if "must be" in fault or "finite" in fault]  # others say what does not fit
+    assert of_bounds == ([f"{key}={value}: {message}"] if message else [])
+
+
+def test_rates_of_decay_are_two_shares(tiny):
+    for value, message in SHARE.items():
+        expected = [f"method.betas={value}: {message}"] if message else []
+        for betas in ([value, 0.9], [0.9, value]):
+            assert faults_with(tiny, {"method.betas": betas}) == expected
+    assert faults_with(tiny, {"method.betas": [0.9] * 3}) == ["method.betas=[0.9,0.9,0.9]: the list is too long"]
+
+
+def test_every_number_of_conf_has_bounds():
+    configs = [compose_trial(f"method={method}", "model=tiny", "data=synthetic").resolved() for method in METHODS]
+    flat = {key: value for config in configs for key, value in flatten(config).items()}
+    numbers = {key for key, value in flat.items() if isinstance(value, int | float) and not isinstance(value, bool)}
+    assert len(numbers) > 20 and numbers <= BOUNDS.keys()
+
+
+LARGEST_SHAPE = {"family": "bert", "layers": 5, "width": 50_000, "ffn": 95_000, "heads": 1, "positions": 512}
+
+
+@pytest.mark.parametrize(
+    ("fits", "key", "value", "message"),
+    [
+        ({"batch_size": 8, "accumulation": 8}, "accumulation", 9, "a batch of 8 cannot be cut into 9 parts"),
+        ({"max_length": 512}, "max_length", 513, "above 512, the longest input of model=tiny"),
+        ({"method.rank": 32}, "method.rank", 33, "above 32, the width of a target layer of model=tiny"),
+        ({"data.rows.validation": 2}, "data.rows.validation", 1, "cannot be split in two"),
+        ({"protocol.name": "standard", "data.rows.validation": 1}, "protocol.name", "paper", "cannot be split in two"),
+        ({"model.shape": LARGEST_SHAPE}, "model.shape.ffn", 95_001, "1e+11 weights, at most 1e+11"),
+        ({"name": "a" * 100}, "name", "a" * 101, "expected up to 100 letters"),
+        ({"name": "7._-"}, "name", "", "expected up to 100 letters"),
+        ({"sweep": "a"}, "sweep", ".a", "expected up to 100 letters"),
+        ({"model.sha256": "0af9" * 16}, "model.sha256", "0af9" * 16 + "0", "expected 64 hexadecimal digits"),
+        ({"model.sha256": "0af9" * 16}, "model.sha256", "0af9" * 15 + "0af", "expected 64 hexadecimal digits"),
+        ({"device": "cuda:12"}, "device", "cuda:", "expected one of auto, cpu,"),
+    ],
+)
+def test_what_just_fits_and_what_does_not(tiny, fits, key, value, message):
+    assert faults_with(tiny, fits) == []
+    [fault] = faults_with(tiny, {**fits, key: value})
+    assert message in fault
+
+
 def test_sizes_that_no_machine_has_are_faults():
-    assert faults_of("data=synthetic", **{"data.rows.train": 10**11}) == [
-        "data.rows.train=100000000000: must be at most 10000000"
-    ]
     large = {"model.shape.layers": 1000, "model.shape.width": 9984, "model.shape.heads": 96}
     assert faults_of(**large) == ["model.shape: 4.6e+11 weights, at most 1e+11"]
 
