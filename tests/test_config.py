@@ -125,7 +125,7 @@ def test_minilm_s_shape_and_hash_are_the_package_s():
         ("epochs", 10**20, "epochs=100000000000000000000: must be at most 100000"),
         ("epochs", 1e20, "epochs=1e+20: expected a whole number"),
         ("max_length", 513, "max_length=513: above 512, the longest input of model=roberta-base"),
-        ("device", "gpu", "expected one of auto, cpu, cuda, cuda:1, mps"),
+        ("device", "gpu", "expected one of auto, cpu, cuda, cuda:1, mps; did you mean cpu?"),
         ("precision", "float31", "did you mean float32?"),
         ("name", "../up", "name=../up: expected up to 100 letters"),
         ("name", "a b", "name=a b: expected up to 100 letters"),

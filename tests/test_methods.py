@@ -105,6 +105,12 @@ def test_scalings_of_the_papers_ladder(shared, rung, scaling):
         assert close(ours[name].reshape(file[name].shape), file[name], FLOAT64), name
 
 
+def test_an_unknown_scaling_is_refused():
+    draw, one = Draw([0], "layer", torch.float64, torch.device("cpu")), torch.ones(1)
+    with pytest.raises(ValueError, match="scaling='rows': expected column, frobenius or none"):
+        DeLoRA(torch.ones(2, 3), draw, rank=1, lambda_init=one, lambda_lr=one, init="zero", scaling="rows")
+
+
 @pytest.mark.parametrize("rank", [3, 8])
 def test_any_rank_in_half_precision(rank):
     """Ranks that are no multiple of 8 are filled up there."""
