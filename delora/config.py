@@ -37,7 +37,7 @@ RATES = ("lr", "lr_factor", "lr_factor_on", "method.base_lr", "method.weight_dec
 PER_TRIAL = (
     *("name", "seed", "lr", "lr_factor", "lr_factor_on", "weight_decay", "warmup_ratio"),
     *("method.base_lr", "method.weight_decay", "method.dropout"),
-    *("method.alpha", "method.lambda_init", "method.lambda_lr"),
+    *("method.alpha", "method.lambda_init", "method.lambda_lr", "method.rate_ratio"),
 )
 
 
@@ -124,6 +124,7 @@ Whole = Annotated[int, Field(ge=1, le=10**9)]
 Epochs = Annotated[int, Field(ge=1, le=100_000)]
 RowCount = Annotated[int, Field(ge=1, le=10_000_000)]
 Width = Annotated[int, Field(ge=1, le=100_000)]
+Seed = Annotated[int, Field(ge=0, le=2**32 - 1)]
 MOST_WEIGHTS = 10**11  # of an encoder
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[Number, Field(gt=0)]
@@ -167,6 +168,13 @@ class MethodConfig(Section):
     scaling: Given[Literal["column", "frobenius", "none"]] = None
     side: Given[Literal["in", "out", "both"]] = None
     blocks: Given[Width] = None
+    block_size: Given[Width] = None
+    neumann_terms: Annotated[int, Field(ge=3, le=100)] | None = None
+    symmetric: Given[bool] = None
+    rate_ratio: Given[Positive] = None
+    d_initial: Given[Positive] = None
+    projection_rank: Given[Width] = None
+    projection_seed: Given[Seed] = None
 
     def options(self) -> dict[str, Any]:
         """The method's own options: what its class is built with."""
@@ -234,7 +242,7 @@ class Rows(Section):
 class DataConfig(Section):
     name: Literal["glue", "synthetic"]
     dir: PathText | None = None
-    seed: Annotated[int, Field(ge=0, le=2**32 - 1)] | None = None
+    seed: Seed | None = None
     rows: Rows | None = None
 
     def options(self) -> dict[str, Any]:
@@ -264,7 +272,7 @@ class Trial(Section):
     lr: Positive
     lr_factor: Positive
     lr_factor_on: Literal["all", "adapter", "lambda"]
-    seed: Annotated[int, Field(ge=0, le=2**32 - 1)]
+    seed: Seed
     epochs: Epochs
     batch_size: RowCount
     accumulation: RowCount
@@ -451,12 +459,12 @@ def _shape_misfits(value: _Valid, shape: Shape, model: str) -> list[Fault]:
     smallest = min((min(widths) for widths in adapted.values()), default=None)
     if (rank := value("method.rank")) and smallest and rank > smallest:
         faults.append(Fault("method.rank", rank, f"above {smallest}, the width of a target layer of {model}"))
-    if (blocks := value("method.blocks")) and (side := value("method.side")):
-        turned = {"in": (0,), "out": (1,), "both": (0, 1)}[side]
-        widths = sorted({pair[i] for pair in adapted.values() for i in turned if pair[i] % blocks})
+    turned = {"in": (0,), "out": (1,), "both": (0, 1)}
+    for key, sides in (("method.blocks", turned.get(value("method.side"), ())), ("method.block_size", turned["in"])):
+        widths = sorted({pair[i] for pair in adapted.values() for i in sides if value(key) and pair[i] % value(key)})
         if widths:
             message = f"does not divide {' and '.join(map(str, widths))}, the width of target layers of {model}"
-            faults.append(Fault("method.blocks", blocks, message))
+            faults.append(Fault(key, value(key), message))
     return faults
 
 

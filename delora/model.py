@@ -6,6 +6,7 @@ Shapes as in `delora.methods.base`, `delora.data.batches`.
 """
 
 import copy
+import functools
 import inspect
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -236,6 +237,7 @@ class Fleet(nn.Module):
                 f"method.targets={config.targets}: no linear layer of the encoder matches (it has: {known})"
             )
         method, options = find(config.target), method_options(self.trials, dtype, device)
+        options |= method.share([linears[name].weight for name in linears if name in targeted], **options)
         rates = [trial.method.dropout for trial in self.trials]
         for name in filter(targeted.__contains__, linears):
             linear = linears[name]
@@ -278,12 +280,15 @@ class Fleet(nn.Module):
         return {n: p for n, p in self.base.named_parameters() if p.requires_grad}
 
     def own_learning_rates(self) -> dict[str, Tensor]:
-        """The learning rates (K,) that methods set themselves, by parameter name."""
-        return {
-            f"{layer}.method.{name}": lr
-            for layer, module in self.adapted()
-            for name, lr in module.method.learning_rates().items()
-        }
+        """The learning rates (K,) that methods set themselves, by parameter name; one tensor where they are one."""
+        rate_K = torch.tensor([trial.rate for trial in self.trials], dtype=self.dtype, device=self.device)
+        multiple = functools.cache(lambda factor_K: rate_K * factor_K)
+        found: dict[str, Tensor] = {}
+        for layer, module in self.adapted():
+            factors = module.method.rate_factors().items()
+            own = {**module.method.learning_rates(), **{name: multiple(factor_K) for name, factor_K in factors}}
+            found |= {f"{layer}.method.{name}": lr_K for name, lr_K in own.items()}
+        return found
 
     def count(self) -> dict[str, int]:
         """Number of values: trained in one trial's adapters, in its head, and frozen in the encoder."""

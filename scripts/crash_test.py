@@ -37,6 +37,7 @@ OPERATIONS = ("open", "write", "fsync", "ftruncate", "replace", "unlink", "mkdir
 STARTING, TRAINING, AFTER = "while starting", "while training", "after the last result"
 FRESH, FORKED, TORN = "of new processes", "of forked ones", "then without power"
 JOURNAL = "journal"
+SECONDS_OF_WANDB = 30  # in which the wandb process of one that was killed has ended
 
 
 def main() -> int:
@@ -430,11 +431,14 @@ def faults(root: Path, whole: dict[str, Any]) -> Iterator[str]:
     yield from (f"{path} is not finished" for path in stored.unfinished)
     yield from (f"{path.name} is left" for path in root.glob(".fleets"))
     yield from (f"{path} is left" for path in root.glob("*/.*.tmp"))
-    yield from (f"{path}: several wandb runs" for path in root.glob("*-seed*") if len(runs_of(path)) > 1)
+    patience = time.monotonic() + SECONDS_OF_WANDB
+    while (several := with_several_runs(root)) and time.monotonic() < patience:
+        time.sleep(0.1)
+    yield from (f"{path}: several wandb runs" for path in several)
 
 
-def runs_of(folder: Path) -> list[Path]:
-    return list(folder.glob("wandb/offline-run-*"))
+def with_several_runs(root: Path) -> list[Path]:
+    return [path for path in root.glob("*-seed*") if len(list(path.glob("wandb/offline-run-*"))) > 1]
 
 
 if __name__ == "__main__":

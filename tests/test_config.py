@@ -74,8 +74,9 @@ def test_every_key_has_one_value_in_conf_and_one_comment():
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_s_options_are_what_its_class_takes(method):
     config = compose_trial(f"method={method}").method
-    parameters = inspect.signature(get_class(config.target)).parameters
-    assert set(config.options()) == set(parameters) - {"weight_OI", "draw"}
+    target = get_class(config.target)
+    parameters = inspect.signature(target).parameters
+    assert set(config.options()) == set(parameters) - {"weight_OI", "draw", *target.shared}
 
 
 @pytest.mark.parametrize("name", ["glue", "synthetic"])
@@ -87,7 +88,7 @@ def test_the_data_s_options_are_what_load_takes(name):
 def test_base_rates_are_the_paper_s():
     rates = {method: compose_trial(f"method={method}").lr for method in METHODS}
     paper = {"lora": 6e-4, "dora": 6e-4, "delora": 6e-3, "ether": 6e-3, "etherplus": 6e-3}
-    assert {method: rate for method, rate in rates.items() if method != "head"} == paper
+    assert {method: rate for method, rate in rates.items() if method in paper} == paper
 
 
 def test_minilm_s_shape_and_hash_are_the_package_s():
@@ -167,15 +168,16 @@ def whole(low: int, high: int) -> dict[int, str | None]:
 SEEDS, ROWS, WIDTHS = whole(0, 2**32 - 1), whole(1, 10**7), whole(1, 10**5)
 BOUNDS = {  # what is said of the values at each edge and just beyond
     **dict.fromkeys(("lr", "lr_factor", "clip_norm", "method.base_lr"), POSITIVE),
-    **dict.fromkeys(("method.alpha", "method.lambda_init"), POSITIVE),
+    **dict.fromkeys(("method.alpha", "method.lambda_init", "method.rate_ratio", "method.d_initial"), POSITIVE),
     **dict.fromkeys(("weight_decay", "fleet.checkpoint_seconds"), NOT_NEGATIVE),
     **dict.fromkeys(("method.weight_decay", "method.lambda_lr"), NOT_NEGATIVE),
     **dict.fromkeys(("warmup_ratio", "method.dropout"), SHARE),
-    **dict.fromkeys(("seed", "data.seed"), SEEDS),
+    **dict.fromkeys(("seed", "data.seed", "method.projection_seed"), SEEDS),
     **dict.fromkeys(("batch_size", "accumulation", "data.rows.train", "data.rows.validation"), ROWS),
-    **dict.fromkeys(("method.rank", "method.blocks"), WIDTHS),
+    **dict.fromkeys(("method.rank", "method.blocks", "method.block_size", "method.projection_rank"), WIDTHS),
     **dict.fromkeys(("model.shape.width", "model.shape.ffn", "model.shape.heads"), WIDTHS),
     **dict.fromkeys(("log_every", "fleet.size"), whole(1, 10**9)),
+    "method.neumann_terms": whole(3, 100),
     "epochs": whole(1, 10**5),
     "max_length": whole(8, 10**5),
     "model.shape.layers": whole(1, 1000),

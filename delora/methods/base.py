@@ -9,7 +9,8 @@ A new method is one file with a subclass of `Method` and one file conf/method/<n
 import importlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +24,17 @@ class Method(nn.Module, ABC):
     """One adapted linear layer of K trials. Subclasses take (weight_OI, draw, **options of their yaml).
 
     Options that may differ between the trials (`delora.config.PER_TRIAL`) come as (K,) tensors.
+
+    Attributes:
+        shared: the names of the tensors that `share` gives to each layer, beside its options.
     """
+
+    shared: ClassVar[tuple[str, ...]] = ()
+
+    @classmethod
+    def share(cls, weights: Collection[Tensor], **options: Any) -> Mapping[str, Tensor]:
+        """What all adapted layers have in common, given their weights (O, I) and the method's options."""
+        return {}
 
     @abstractmethod
     def forward(self, x_KNI: Tensor, dropped_KNI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -38,6 +49,10 @@ class Method(nn.Module, ABC):
 
     def learning_rates(self) -> Mapping[str, Tensor]:
         """Parameters that have a learning rate (K,) of their own, by name; all others use the trial's."""
+        return {}
+
+    def rate_factors(self) -> Mapping[str, Tensor]:
+        """Parameters whose rate is a multiple (K,) of the trial's, by name."""
         return {}
 
     def strength(self) -> Tensor | None:
@@ -116,6 +131,7 @@ def check(configs: Iterable[MethodConfig]) -> None:
 def _misfits(method: type[Method], options: Mapping[str, object]) -> Iterator[Fault]:
     """Options that a class does not take, or needs and has not got."""
     _, _, *parameters = inspect.signature(method).parameters.values()  # after weight_OI and draw
+    parameters = [parameter for parameter in parameters if parameter.name not in method.shared]
     taken = {parameter.name: parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
     for name, value in options.items():
         if name not in taken and len(taken) == len(parameters):
