@@ -264,18 +264,18 @@ class _Command:
         siblings = [k.rpartition(".")[2] for k in keys if k.rpartition(".")[0] == part]
         if part in self._options and part in keys:
             chosen = f"{part}={config[part].name or name_of(config[part].source)}"
-            owners = [f"{part}={o}" for o in self._options[part] if last in self._option_keys(part, o)]
-            if owners:
-                return f"{chosen} has no such key; it belongs to {' and '.join(owners)}"
+            if owners := [o for o in self._options[part] if last in self._option_keys(part, o)]:
+                return f"{chosen} has no such key; it belongs to {part}={','.join(owners)}"
             if near := nearest(last, siblings):
                 return f"{chosen} has no such key; did you mean {part}.{near}?"
             return f"{chosen} has no such key; it has {', '.join(siblings)}"
         if near := nearest(last, siblings):
             return f"no such key; did you mean {f'{part}.{near}' if part else near}?"
         namesakes = [k for k in keys if k.rpartition(".")[2] == last]
-        owners = [f"{g}={o}" for g, options in self._options.items() for o in options if key in self._option_keys(g, o)]
-        if owners and not namesakes:
-            return f"no such key; did you mean {owners[0].partition('=')[0]}.{key}, of {' and '.join(owners)}?"
+        for group, options in self._options.items():
+            owners = [option for option in options if key in self._option_keys(group, option)]
+            if owners and not namesakes:
+                return f"no such key; did you mean {group}.{key}, of {group}={','.join(owners)}?"
         return f"no such key{did_you_mean(namesakes[0] if namesakes else key, keys)}"
 
     @cache  # noqa: B019  (one command a process)

@@ -107,8 +107,8 @@ OPTUNA = f"{RUN} -m hydra/sweeper=optuna"
 WRONG = {
     # keys
     f"{RUN} tsak=mrpc": "tsak: no such key; did you mean task?",
-    f"{RUN} alpha=8": "alpha: no such key; did you mean method.alpha, of method=dora and method=lora?",
-    f"{RUN} method.alpha=8": "method=delora has no such key; it belongs to method=dora and method=lora",
+    f"{RUN} alpha=8": "alpha: no such key; did you mean method.alpha, of method=dora,lora,loraplus,pissa,rslora?",
+    f"{RUN} method.alpha=8": "method=delora has no such key; it belongs to method=dora,lora,loraplus,pissa,rslora",
     f"{RUN} größe=3": "größe=3: no such key",
     f"{RUN} rte": "rte: expected KEY=VALUE",
     f"{RUN} ~lr": "~lr: no key can be left out",

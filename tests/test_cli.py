@@ -115,7 +115,7 @@ def test_all_faults_of_a_command_come_together(delora_run, tmp_path):
     for expected in (
         "tsak: no such key; did you mean task?",
         "did you mean mrpc?",
-        "alpha: no such key; did you mean method.alpha, of method=dora and method=lora?",
+        "alpha: no such key; did you mean method.alpha, of method=dora,lora,loraplus,pissa,rslora?",
         "clip_norm=1,: a value is missing beside a comma",
         "rte: expected KEY=VALUE",
         "did you mean method.rank?",
