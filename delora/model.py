@@ -51,6 +51,10 @@ class AdaptedLinear(nn.Module):
         """ΔW of each trial, (K, O, I), in the dtype of what is trained."""
         return self.method.delta(self.weight.to(self.dtype))
 
+    def bias_delta(self) -> Tensor | None:
+        """b′ − b of each trial, (K, O), in the same dtype; None where the method leaves the bias as it is."""
+        return self.method.bias_delta(None if self.bias is None else self.bias.to(self.dtype))
+
 
 class HeadLinear(nn.Module):
     """A trained linear layer of the head, one a trial: (K·B, ..., I) to (K·B, ..., O)."""
@@ -241,8 +245,9 @@ class Fleet(nn.Module):
         rates = [trial.method.dropout for trial in self.trials]
         for name in filter(targeted.__contains__, linears):
             linear = linears[name]
+            own = {"role": self.encoder.role_of(name)} if "role" in method.given else {}
             try:
-                adapter = method(linear.weight, Draw(seeds, name, dtype, device), **options)
+                adapter = method(linear.weight, Draw(seeds, name, dtype, device), **options, **own)
             except (ValueError, TypeError) as error:  # an option that the method does not take, or not so
                 raise UserError(f"method {config.name} on layer {name}: {error}") from error
             dropout = Dropout(self.keys, f"{name}.method", rates)
@@ -360,13 +365,23 @@ class Fleet(nn.Module):
             own[name][trial] = tensor
 
     def merge(self, trial: int = 0) -> transformers.PreTrainedModel:
-        """A plain transformers model with one trial's adapters merged into the weights, for `save_pretrained`."""
+        """A plain transformers model with one trial's adapters merged into the weights, for `save_pretrained`.
+
+        Raises:
+            UserError: the method changes the bias of a layer that has none.
+        """
         state = {name: tensor for name, tensor in self.base.state_dict().items() if ".method." not in name}
         for name in state:
             if name.rpartition(".")[0] in self.head_names:
                 state[name] = state[name][trial]
         for name, module in self.adapted():
             state[f"{name}.weight"] = module.weight + module.delta()[trial]
+            if (change_KO := module.bias_delta()) is None:
+                continue
+            if module.bias is None:
+                kind = self.trials[trial].method.name
+                raise UserError(f"method {kind} cannot be merged: {name} of {type(self.base).__name__} has no bias")
+            state[f"{name}.bias"] = module.bias + change_KO[trial]
         for name, module in self.base.named_modules():
             if isinstance(module, Joined):
                 for kind in ("weight", "bias"):

@@ -76,7 +76,7 @@ def test_a_method_s_options_are_what_its_class_takes(method):
     config = compose_trial(f"method={method}").method
     target = get_class(config.target)
     parameters = inspect.signature(target).parameters
-    assert set(config.options()) == set(parameters) - {"weight_OI", "draw", *target.shared}
+    assert set(config.options()) == set(parameters) - {"weight_OI", "draw", *target.given}
 
 
 @pytest.mark.parametrize("name", ["glue", "synthetic"])

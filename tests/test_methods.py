@@ -4,6 +4,8 @@ import json
 
 import pytest
 import torch
+import transformers
+from conftest import compose_trial
 from safetensors import safe_open
 
 from delora.config import ConfigError
@@ -19,6 +21,7 @@ from delora.methods.oft import OFT
 from delora.methods.pissa import PiSSA
 from delora.methods.rslora import RsLoRA
 from delora.methods.vera import VeRA
+from delora.model import Fleet
 from delora.randomness import Draw
 
 # Relative to the tensor's largest element; float64 is checked on all tensors with one bound.
@@ -170,7 +173,7 @@ def test_more_golden_layers(shared, kind, dtype, trials):
         given = {n: t for n, t in file.items() if n in meta["tensors_in"].split() and n not in ("W", "b", "x", "g")}
         with torch.no_grad():
             for name, tensor in given.items():
-                if not (kind == "vera" and name in VeRA.shared):
+                if not (kind == "vera" and name in VeRA.given):
                     mine = getattr(method, renamed.get(name, name))[here]
                     mine.copy_((tensor.mT if name in turned else tensor).reshape(mine.shape))
         x, g = file["x"].flatten(0, 1), file["g"].flatten(0, 1)
@@ -187,6 +190,53 @@ def test_more_golden_layers(shared, kind, dtype, trials):
                 assert close(mine + file["W"], file["W_eff"], bound), (path.name, name)
             else:
                 assert close(mine, file[name], bound), (path.name, name, (mine - file[name]).abs().max())
+
+
+# Of whole models: bounds of their README, relative to the largest element; and what the reference calls a parameter.
+MODELS_FLOAT32 = {"logits": 2.5e-6, "loss": 1.5e-6, "grad": 1e-5}
+NAMES_THERE = {
+    "ia3": {"base_model.model.{layer}.ia3_l.default": "scale"},
+    "red": {
+        "base_model.{layer}.delta_vector.activation_scaling": "scale",
+        "base_model.{layer}.delta_vector.activation_bias": "shift",
+    },
+}
+
+
+@pytest.mark.parametrize("trials", [1, 3])
+@pytest.mark.parametrize("dtype", ["f64", "f32"])
+@pytest.mark.parametrize("kind", NAMES_THERE)
+def test_golden_models(shared, kind, dtype, trials):
+    """Whole RoBERTa classifiers: logits, loss and every gradient, and how many values are trained."""
+    weights, meta = load(shared / "golden" / "models" / "base_h32.safetensors")
+    batch = {name: weights.pop(name) for name in ("input_ids", "attention_mask", "labels")}
+    base = transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**json.loads(meta["config"])))
+    base.load_state_dict(weights)
+    words = ["model=tiny", f"method={kind}", f"precision={'float64' if dtype == 'f64' else 'float32'}"]
+    fleet = Fleet(base, [compose_trial(*words, f"seed={seed}") for seed in range(trials)], torch.device("cpu")).eval()
+    golden, about = load(shared / "golden" / "models" / f"{kind}_h32_{dtype}.safetensors")
+    here, trained = trials // 2, fleet.trained()
+    names = {n: f"grad.{n}" for n in trained if n.startswith("classifier.")}
+    for layer, _ in fleet.adapted():
+        inside = layer.removeprefix("roberta.") if kind == "red" else layer
+        names |= {f"{layer}.method.{own}": "grad." + n.format(layer=inside) for n, own in NAMES_THERE[kind].items()}
+    assert names.keys() == trained.keys() and {*names.values()} == {n for n in golden if n.startswith("grad.")}
+    assert fleet.count()["adapter"] == int(about["trained_without_head"])
+    with torch.no_grad():
+        for parameter in trained.values():
+            parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) / 10  # the others
+        for name, parameter in trained.items():
+            source = weights if name.startswith("classifier.") else golden
+            parameter[here] = source[name if source is weights else names[name][5:]].reshape(parameter[here].shape)
+    inputs = {name: tensor.repeat(trials, 1) for name, tensor in batch.items() if name != "labels"}
+    logits_KBC = fleet(**inputs).logits.unflatten(0, (trials, -1))
+    losses = torch.stack([torch.nn.functional.cross_entropy(logits_BC, batch["labels"]) for logits_BC in logits_KBC])
+    losses.sum().backward()
+    found = {"logits": logits_KBC[here], "loss": losses[here]}
+    found |= {there: trained[name].grad[here] for name, there in names.items()}
+    for name, ours in found.items():
+        bound = 1e-12 if dtype == "f64" else MODELS_FLOAT32[name.split(".")[0]]
+        assert close(ours.detach().reshape(golden[name].shape), golden[name], bound), name
 
 
 def test_an_unknown_scaling_is_refused():

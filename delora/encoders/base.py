@@ -149,6 +149,10 @@ class Encoder:
         role = self.roles.get(target)
         return [name for name in names if (self._is_in_layer(name, role) if role else matches(target, name))]
 
+    def role_of(self, name: str) -> str | None:
+        """The role of a linear layer; None of one that has none."""
+        return next((role for role, inside in self.roles.items() if self._is_in_layer(name, inside)), None)
+
     def _is_in_layer(self, name: str, inside: str = "") -> bool:
         """Whether the name is that of a layer, or of what has the name `inside` in one."""
         return _numbered(".".join(filter(None, (self.prefix, self.layers, inside)))).fullmatch(name) is not None

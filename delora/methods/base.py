@@ -26,10 +26,11 @@ class Method(nn.Module, ABC):
     Options that may differ between the trials (`delora.config.PER_TRIAL`) come as (K,) tensors.
 
     Attributes:
-        shared: the names of the tensors that `share` gives to each layer, beside its options.
+        given: the names of what a layer is given beside its options: the tensors of `share`, and its "role" in the
+            encoder (None where it has none).
     """
 
-    shared: ClassVar[tuple[str, ...]] = ()
+    given: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
     def share(cls, weights: Collection[Tensor], **options: Any) -> Mapping[str, Tensor]:
@@ -46,6 +47,10 @@ class Method(nn.Module, ABC):
     @abstractmethod
     def delta(self, weight_OI: Tensor) -> Tensor:
         """ΔW = W′ − W of each trial, (K, O, I): what merging adds to the frozen weight."""
+
+    def bias_delta(self, bias_O: Tensor | None) -> Tensor | None:
+        """b′ − b of each trial, (K, O), for methods that change the bias too."""
+        return None
 
     def learning_rates(self) -> Mapping[str, Tensor]:
         """Parameters that have a learning rate (K,) of their own, by name; all others use the trial's."""
@@ -131,7 +136,7 @@ def check(configs: Iterable[MethodConfig]) -> None:
 def _misfits(method: type[Method], options: Mapping[str, object]) -> Iterator[Fault]:
     """Options that a class does not take, or needs and has not got."""
     _, _, *parameters = inspect.signature(method).parameters.values()  # after weight_OI and draw
-    parameters = [parameter for parameter in parameters if parameter.name not in method.shared]
+    parameters = [parameter for parameter in parameters if parameter.name not in method.given]
     taken = {parameter.name: parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
     for name, value in options.items():
         if name not in taken and len(taken) == len(parameters):

@@ -18,7 +18,7 @@ from delora.randomness import Draw
 class VeRA(LowRank):
     """Vectors around shared random matrices. Shapes as in `delora.methods.base`; A (R, widest I), B (widest O, R)."""
 
-    shared = ("A", "B")
+    given = ("A", "B")
     A_RI: Tensor
     B_OR: Tensor
 
