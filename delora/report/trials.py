@@ -21,6 +21,16 @@ NAMES = {
     "delora": "DeLoRA",
     "ether": "ETHER",
     "etherplus": "ETHER+",
+    "etherbound": "ETHER+ bounded",
+    "rslora": "rsLoRA",
+    "loraplus": "LoRA+",
+    "pissa": "PiSSA",
+    "vera": "VeRA",
+    "miss": "MiSS",
+    "hra": "HRA",
+    "oft": "OFT",
+    "ia3": "IA3",
+    "red": "RED",
     "head": "head only",
 }
 FACTOR_ON = {"adapter": "factor on BA", "lambda": "factor on λ"}
