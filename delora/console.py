@@ -180,8 +180,9 @@ class Rows:
         flats = [flatten(trial.resolved()) for trial in trials]
         hidden = ("seed", "lr", "lr_factor", "weight_decay", "method.weight_decay", "name")
         keys = [key for key in dict.fromkeys(k for flat in flats for k in flat) if key not in hidden]
-        names = [(trial.task.name, trial.method.name) for trial in trials]
-        by_name: dict[tuple[str, str], list[dict[str, Any]]] = {}
+        encoders = {trial.model.name for trial in trials}
+        names = [(t.task.name, t.method.name, *([t.model.name] if len(encoders) > 1 else [])) for t in trials]
+        by_name: dict[tuple[str, ...], list[dict[str, Any]]] = {}
         for name, flat in zip(names, flats, strict=True):
             by_name.setdefault(name, []).append(flat)
         varying = {

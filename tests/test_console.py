@@ -5,7 +5,7 @@ import time
 import rich.console
 from conftest import SMALL, compose_trial
 
-from delora.console import Console
+from delora.console import Console, Rows
 from delora.train import Score
 
 
@@ -38,3 +38,12 @@ def test_a_sweep_that_is_over_is_shown():
         for trial, status in zip(trials, ("done", "diverged"), strict=True)
     }
     assert "1 of 2 done, 1 diverged\n" in rendered(Console(trials, found))
+
+
+def test_rows_name_the_encoder_where_there_are_several():
+    """By its name; of those of one name, what differs."""
+    words = [("minilm",), ("tiny",), ("tiny", "model.shape.layers=1")]
+    trials = [compose_trial(*SMALL, f"model={m}", *more, f"seed={s}") for m, *more in words for s in (1, 2)]
+    expected = ["minilm", "tiny model.shape.layers=2", "tiny model.shape.layers=1"]
+    assert Rows(trials).labels == [f"mrpc delora {name}" for name in expected for _ in range(2)]
+    assert set(Rows(trials[2:4]).labels) == {"mrpc delora"}
