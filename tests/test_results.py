@@ -683,7 +683,8 @@ def test_a_config_that_multiplies_itself_is_none(path):
     open_trial(path, CONFIG).close()
     lines = ["a: &a [x, x, x, x, x, x, x, x, x]"]
     lines += [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in itertools.pairwise("abcdefghi")]
-    for text in ("\n".join(lines), "a: " + "[" * 100_000, "a: 2020-13-45", "1: {[2]: 3}", "a: 2020-01-01", "a: \x00"):
+    others = ("a: " + "[" * 100_000, "a: 2020-13-45", "1: {[2]: 3}", "a: 2020-01-01", "a: \x00", "- 1")
+    for text in ("\n".join(lines), *others):
         (path / "config.yaml").write_text(text)
         assert results.stored_config(path) is None
         with pytest.raises(UserError, match=r"config\.yaml: not a config of delora-run"):
@@ -734,7 +735,9 @@ print(len(trials), evaluations, time.perf_counter() - start, "torch" in sys.modu
 
 def test_provenance_tells_versions_and_nothing_of_the_person():
     made = made_by()
-    assert made["torch"] == metadata.version("torch") == torch.__version__
+    packages = ("torch", "transformers", "tokenizers", "datasets", "numpy", "safetensors", "hydra-core")
+    assert all(made[package] == metadata.version(package) for package in packages)
+    assert made["torch"] == torch.__version__
     assert made["python"] == sys.version.split()[0] and made["data"]["source"] == "files" and made["cpu"]
     text = json.dumps(made)
     assert not any(str(place) in text for place in (Path.home(), Path.cwd(), Path(results.__file__).parents[1]))
