@@ -71,6 +71,15 @@ def test_a_fresh_adapter_leaves_the_logits_unchanged(method):
     assert all((d == 0).all() == (method != "ether") for d in fleet.distances().values())
 
 
+def test_a_rate_may_be_a_multiple_of_the_trials():
+    """LoRA+'s, of B alone; one tensor for all layers, so that the optimizer has one group of them."""
+    fleet, _ = make("method=loraplus", "lr=1e-3", "lr_factor=2", "method.rate_ratio=4", trials=2)
+    rates = fleet.own_learning_rates()
+    assert rates.keys() == {name for name in fleet.trained() if name.endswith(".B")} and len(rates) == 4
+    assert len({id(lr_K) for lr_K in rates.values()}) == 1
+    torch.testing.assert_close(next(iter(rates.values())), torch.full((2,), 8e-3, dtype=torch.float64))
+
+
 def test_the_head_is_drawn_afresh_for_each_seed():
     fleet, _ = make("method=lora", trials=3)
     again, _ = make("method=lora", trials=2)
