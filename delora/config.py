@@ -169,6 +169,7 @@ class MethodConfig(Section):
     side: Given[Literal["in", "out", "both"]] = None
     blocks: Given[Width] = None
     block_size: Given[Width] = None
+    bottleneck: Given[Width] = None
     neumann_terms: Annotated[int, Field(ge=3, le=100)] | None = None
     symmetric: Given[bool] = None
     rate_ratio: Given[Positive] = None
@@ -447,15 +448,16 @@ def _shape_misfits(value: _Valid, shape: Shape, model: str) -> list[Fault]:
     linears = encoder.linears(shape)
     if (weights := sum(i * o for i, o in linears.values())) > MOST_WEIGHTS:
         faults.append(Fault("model.shape", MISSING, f"{weights:.2g} weights, at most {MOST_WEIGHTS:.0g}"))
+    places = linears | dict.fromkeys(encoder.hidden_places(encoder.layer_names(shape)), (shape.width, shape.width))
     adapted: dict[str, tuple[int, int]] = {}
     for pattern in value("method.targets") or ():
-        matched = {name: linears[name] for name in encoder.linears_of(pattern, linears)}
+        matched = {name: places[name] for name in encoder.matching(pattern, places)}
         adapted |= matched
         if not matched:
-            ends = [*dict.fromkeys([*encoder.roles, *encoder.roles.values(), *encoder.others])]
+            ends = [*dict.fromkeys([*encoder.roles, *encoder.places, *encoder.roles.values(), *encoder.others])]
             known = (*ends, *{end.rpartition(".")[2] for end in ends})
             hint = did_you_mean(pattern, known) or f"; it has {', '.join(ends)}"
-            faults.append(Fault("method.targets", pattern, f"matches no linear layer of {model}{hint}"))
+            faults.append(Fault("method.targets", pattern, f"matches no layer or place of {model}{hint}"))
     smallest = min((min(widths) for widths in adapted.values()), default=None)
     if (rank := value("method.rank")) and smallest and rank > smallest:
         faults.append(Fault("method.rank", rank, f"above {smallest}, the width of a target layer of {model}"))

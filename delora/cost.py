@@ -13,10 +13,12 @@ import torch
 from delora.config import Trial
 from delora.data.batches import Tokens
 from delora.encoders import Shape, families
+from delora.methods.base import find
 from delora.train import examples_on_cpu
 
 MOST = {"cpu": 8, "cuda": 64}  # with more trials a step takes as long for each
 SHARE = 0.8  # of the memory that is free
+WORDS = 51_000  # of a vocabulary that is not known; RoBERTa's
 UNKNOWN = 8  # trials of an encoder whose shape is not known
 PADDING = 1.05  # tokens computed for each real one, as scripts/benchmark measures it
 SPREAD = 1.25  # tokens of the longest batch over those of the mean one
@@ -49,8 +51,14 @@ def needed_bytes(
     per_token = shape.width * 34 + 5 * shape.heads * longest
     activations = int(count * shape.layers * per_token * size / 2)
     linears = families()[shape.family].linears(shape).values()
-    encoder = (sum(i * o for i, o in linears) + 31_000 * shape.width) * size
-    trained = sum(i + o for i, o in linears) * (trial.method.rank or 1) + 2 * shape.width**2
+    words = (trial.model.described or {}).get("vocab_size", WORDS)
+    weights = sum(i * o for i, o in linears) + (words + shape.positions) * shape.width
+    encoder = weights * size
+    if "weight" in getattr(find(trial.method.target), "copied", ()):
+        trained = weights
+    else:
+        trained = sum(i + o for i, o in linears) * (trial.method.rank or trial.method.bottleneck or 1)
+    trained += 2 * shape.width**2
     return encoder, activations + 7 * max(size, 4) * trained
 
 

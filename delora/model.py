@@ -8,6 +8,7 @@ Shapes as in `delora.methods.base`, `delora.data.batches`.
 import copy
 import functools
 import inspect
+import itertools
 import types
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,7 +24,7 @@ from delora.config import PER_TRIAL, Trial
 from delora.data.batches import Batch, Layout, Tokens
 from delora.encoders.base import first_tokens
 from delora.errors import UserError
-from delora.methods.base import Method, find
+from delora.methods.base import CopyMethod, HiddenMethod, LinearMethod, Method, find
 from delora.randomness import Draw, Dropout, TokenKeys
 
 # Of what is trained and summed up, and of the frozen encoder and its activations.
@@ -34,7 +35,7 @@ ENCODER_DTYPES = {**DTYPES, "bfloat16": torch.bfloat16}
 class AdaptedLinear(nn.Module):
     """A frozen linear layer of the encoder under a method: (K·B, ..., I) to (K·B, ..., O)."""
 
-    def __init__(self, linear: nn.Linear, method: Method, dropout: Dropout):
+    def __init__(self, linear: nn.Linear, method: LinearMethod, dropout: Dropout):
         super().__init__()
         self.weight, self.bias, self.method, self.dropout = linear.weight, linear.bias, method, dropout
         self.dtype: torch.dtype = linear.weight.dtype  # of what is trained; the frozen weight may get another
@@ -56,41 +57,148 @@ class AdaptedLinear(nn.Module):
         return self.method.bias_delta(None if self.bias is None else self.bias.to(self.dtype))
 
 
+class CopiedLinear(nn.Module):
+    """A linear layer of which each trial has copies of some parameters: (K·B, ..., I) to (K·B, ..., O)."""
+
+    def __init__(self, linear: nn.Linear, method: CopyMethod, dropout: Dropout):
+        super().__init__()
+        self.weight, self.bias, self.method, self.dropout = linear.weight, linear.bias, method, dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        dropped_KNI = self.dropout(x).reshape(len(self.dropout.scale_K), -1, x.shape[-1])
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.dtype == torch.bfloat16):
+            y_KNO = linear(dropped_KNI, own(self, "weight"), own(self, "bias"))
+        return y_KNO.to(x.dtype).view(*x.shape[:-1], -1)
+
+
+class CopiedNorm(nn.Module):
+    """A LayerNorm of which each trial has copies of some parameters: (K·B, ..., H) to the same."""
+
+    def __init__(self, norm: nn.LayerNorm, method: CopyMethod, dropout: Dropout):
+        super().__init__()
+        self.weight, self.bias, self.method, self.eps = norm.weight, norm.bias, method, norm.eps
+        self.trials = len(dropout.scale_K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x_KNH = x.reshape(self.trials, -1, x.shape[-1])
+        return norm(x_KNH, own(self, "weight"), own(self, "bias"), self.eps).to(x.dtype).view(x.shape)
+
+
+class CopiedEmbedding(nn.Module):
+    """An embedding of which each trial has a copy: ids (K·B, T) or (K, N) to vectors of them."""
+
+    def __init__(self, embedding: nn.Embedding, method: CopyMethod, dropout: Dropout):
+        super().__init__()
+        self.weight, self.method, self.padding_idx = embedding.weight, method, embedding.padding_idx
+
+    def forward(self, ids: Tensor) -> Tensor:
+        table_KVH = own(self, "weight")
+        ids_KN = ids.reshape(len(table_KVH), -1)
+        first_K1 = torch.arange(len(table_KVH), device=ids.device)[:, None] * table_KVH.shape[1]
+        y_KNH = F.embedding(ids_KN + first_K1, table_KVH.flatten(0, 1))
+        if self.padding_idx is not None:  # its vector is not trained
+            y_KNH = torch.where((ids_KN == self.padding_idx)[..., None], y_KNH.detach(), y_KNH)
+        return y_KNH.to(self.weight.dtype).view(*ids.shape, -1)
+
+
+Copied = CopiedLinear | CopiedNorm | CopiedEmbedding
+COPIED = {nn.Linear: CopiedLinear, nn.LayerNorm: CopiedNorm, nn.Embedding: CopiedEmbedding}
+
+
+class AdaptedHidden(nn.Module):
+    """A method on hidden states of one place: (K·B, ..., H) to the same.
+
+    Attributes:
+        pruned: whether of packed rows it gets those of first tokens alone.
+    """
+
+    def __init__(self, method: HiddenMethod, dropout: Dropout):
+        super().__init__()
+        self.method, self.dropout, self.off, self.pruned = method, dropout, False, False
+        dropout.of_first = method.of_first
+
+    def forward(self, x: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+        if self.off:
+            return x
+        trials, layout = len(self.dropout.scale_K), self.dropout.keys.layout
+        h_KNH = x.reshape(trials, -1, x.shape[-1])
+        if not self.method.of_first or (self.pruned and layout is not None):
+            return self._edited(h_KNH, norm).view(x.shape)
+        if layout is None:
+            edited = self._edited(x[:, 0].view(trials, -1, x.shape[-1]), norm)
+            return torch.cat([edited.view(-1, 1, x.shape[-1]), x[:, 1:]], 1)
+        index_KBH = layout.first_KB[:, :, None].expand(-1, -1, x.shape[-1])
+        return h_KNH.scatter(1, index_KBH, self._edited(h_KNH.gather(1, index_KBH), norm)).view(x.shape)
+
+    def _edited(self, h_KNH: Tensor, norm: Callable[[Tensor], Tensor]) -> Tensor:
+        with torch.autocast(h_KNH.device.type, torch.bfloat16, enabled=h_KNH.dtype == torch.bfloat16):
+            return self.method(h_KNH, self.dropout, norm).to(h_KNH.dtype)
+
+
+def _forward_then_edit(self: Any, *arguments: Any, **options: Any) -> Any:
+    """In the place of a module's forward: what it makes is edited by its `adapter`."""
+    output = type(self).forward(self, *arguments, **options)
+    if isinstance(output, tuple):
+        return self.adapter(output[0], lambda h: h), *output[1:]
+    return self.adapter(output, lambda h: h)
+
+
+def _edit_then_forward(self: Any, x: Tensor) -> Tensor:
+    """In the place of a LayerNorm's forward: what it takes is edited by its `adapter`."""
+    norm = type(self).forward
+    return norm(self, self.adapter(x, lambda h: norm(self, h)))
+
+
 class HeadLinear(nn.Module):
     """A trained linear layer of the head, one a trial: (K·B, ..., I) to (K·B, ..., O)."""
 
-    def __init__(self, linear: nn.Linear, draw: Draw, std: float):
+    def __init__(self, layer: nn.Linear, draw: Draw, std: float):
         super().__init__()
-        self.weight = nn.Parameter(draw.normal("weight", linear.weight.shape, std))
-        if linear.bias is not None:
+        self.weight = nn.Parameter(draw.normal("weight", layer.weight.shape, std))
+        if layer.bias is not None:
             self.bias = nn.Parameter(torch.zeros_like(self.weight[:, :, 0]))
         else:
             self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
         x_KNI = x.reshape(len(self.weight), -1, x.shape[-1]).to(self.weight.dtype)
-        y_KNO = x_KNI @ self.weight.mT
-        if self.bias is not None:
-            y_KNO = y_KNO + self.bias[:, None]
-        return y_KNO.view(*x.shape[:-1], -1)
+        return linear(x_KNI, self.weight, self.bias).view(*x.shape[:-1], -1)
 
 
 class HeadNorm(nn.Module):
     """A trained LayerNorm of the head, one a trial: (K·B, ..., H) to the same."""
 
-    def __init__(self, norm: nn.LayerNorm, trials: int):
+    def __init__(self, layer: nn.LayerNorm, trials: int):
         super().__init__()
-        self.eps = norm.eps
-        self.weight = nn.Parameter(torch.ones_like(norm.weight).repeat(trials, 1))
-        if norm.bias is not None:
+        self.eps = layer.eps
+        self.weight = nn.Parameter(torch.ones_like(layer.weight).repeat(trials, 1))
+        if layer.bias is not None:
             self.bias = nn.Parameter(torch.zeros_like(self.weight))
         else:
             self.register_parameter("bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        x_KNH = x.reshape(len(self.weight), -1, x.shape[-1]).to(self.weight.dtype)
-        y_KNH = F.layer_norm(x_KNH, x.shape[-1:], eps=self.eps) * self.weight[:, None]
-        return (y_KNH if self.bias is None else y_KNH + self.bias[:, None]).view(x.shape)
+        x_KNH = x.reshape(len(self.weight), -1, x.shape[-1])
+        return norm(x_KNH, self.weight, self.bias, self.eps).view(x.shape)
+
+
+def own(module: Copied, name: str) -> Any:
+    """A parameter of each trial (K, ...), or the frozen one that they share; None where there is none."""
+    copies = module.method._parameters.get(name)
+    return getattr(module, name) if copies is None else copies
+
+
+def linear(x_KNI: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """x·Wᵀ + b, (K, N, O), with a weight (O, I) or one a trial (K, O, I), and a bias (O,) or (K, O)."""
+    y_KNO = x_KNI @ weight.mT if weight.dim() == 3 else F.linear(x_KNI, weight)
+    return y_KNO if bias is None else y_KNO + (bias if bias.dim() == 1 else bias[:, None])
+
+
+def norm(x_KNH: Tensor, weight: Tensor, bias: Tensor | None, eps: float) -> Tensor:
+    """LayerNorm, (K, N, H), in the larger of the dtypes, with parameters (H,) or one a trial (K, H)."""
+    y_KNH = F.layer_norm(x_KNH.to(torch.promote_types(x_KNH.dtype, weight.dtype)), x_KNH.shape[-1:], eps=eps)
+    y_KNH = y_KNH * (weight if weight.dim() == 1 else weight[:, None])
+    return y_KNH if bias is None else y_KNH + (bias if bias.dim() == 1 else bias[:, None])
 
 
 class Joined(nn.Module):
@@ -145,10 +253,10 @@ class Fleet(nn.Module):
         self.keys = TokenKeys(seeds, device)
         self._prepare()
         self._train_head(seeds, dtype, device, lacking)
-        self._adapt(seeds, dtype, device)
         for name, module in list(base.named_modules(remove_duplicate=False)):
             if type(module) is nn.Dropout:
                 _replace(base, name, Dropout(self.keys, name, [module.p] * len(seeds)))
+        self._adapt(seeds, dtype, device)
         for _, parameter in self.frozen():
             parameter.data = parameter.to(ENCODER_DTYPES[self.precision])
         self.packs = self.encoder.packs
@@ -189,10 +297,13 @@ class Fleet(nn.Module):
             if encoder.cut:
                 cut = last.get_submodule(encoder.cut)
                 cut.register_forward_pre_hook(lambda _, args: tuple(first_tokens(x, self.keys) for x in args))
-            for name in encoder.after_attention:
-                for module in last.get_submodule(name).modules():
-                    if isinstance(module, Dropout):
-                        module.of_first = True
+            after = [last.get_submodule(name) for name in encoder.after_attention]
+            after += [last.get_submodule("adapter")] if hasattr(last, "adapter") else []
+            for module in itertools.chain.from_iterable(part.modules() for part in after):
+                if isinstance(module, Dropout):
+                    module.of_first = True
+                elif isinstance(module, AdaptedHidden):
+                    module.pruned = True
 
         def as_examples(_: nn.Module, __: Any, output: Any) -> Any:
             layout = self.keys.layout
@@ -233,25 +344,72 @@ class Fleet(nn.Module):
 
     def _adapt(self, seeds: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
         config = self.trials[0].method
-        linears = {n: m for n, m in self.base.named_modules() if isinstance(m, nn.Linear)}
-        targeted = {name for target in config.targets for name in self.encoder.linears_of(target, linears)}
-        if not targeted:
-            known = ", ".join(dict.fromkeys([*self.encoder.roles, *sorted({n.split(".")[-1] for n in linears})]))
-            raise UserError(
-                f"method.targets={config.targets}: no linear layer of the encoder matches (it has: {known})"
-            )
         method, options = find(config.target), method_options(self.trials, dtype, device)
-        options |= method.share([linears[name].weight for name in linears if name in targeted], **options)
+        places = self._places(method)
+        targeted = self._targeted(places)
+        linears = [m.weight for name, m in places.items() if name in targeted and isinstance(m, nn.Linear)]
+        options |= method.share(linears, **options)
         rates = [trial.method.dropout for trial in self.trials]
-        for name in filter(targeted.__contains__, linears):
-            linear = linears[name]
+        for name in filter(targeted.__contains__, places):
+            module, draw = places[name], Draw(seeds, name, dtype, device)
             own = {"role": self.encoder.role_of(name)} if "role" in method.given else {}
+            if issubclass(method, HiddenMethod):
+                of: Any = self.base.config.hidden_size
+            elif issubclass(method, CopyMethod):  # they begin as what is frozen, rounded as that is
+                kept = {n: p for n in method.copied if (p := module._parameters.get(n)) is not None}
+                of = {n: p.to(ENCODER_DTYPES[self.precision]) for n, p in kept.items()}
+            else:
+                of = module.weight
             try:
-                adapter = method(linear.weight, Draw(seeds, name, dtype, device), **options, **own)
+                adapter = method(of, draw, **options, **own).to(device)
             except (ValueError, TypeError) as error:  # an option that the method does not take, or not so
                 raise UserError(f"method {config.name} on layer {name}: {error}") from error
             dropout = Dropout(self.keys, f"{name}.method", rates)
-            _replace(self.base, name, AdaptedLinear(linear, adapter.to(device), dropout))
+            if isinstance(adapter, HiddenMethod):
+                self._edit(module, AdaptedHidden(adapter, dropout), name)
+            elif isinstance(adapter, CopyMethod):
+                _replace(self.base, name, COPIED[type(module)](module, adapter, dropout))
+            elif isinstance(adapter, LinearMethod):
+                _replace(self.base, name, AdaptedLinear(module, adapter, dropout))
+
+    def _places(self, method: type[Method]) -> dict[str, Any]:
+        """Where a method of this kind can sit: modules by the names that targets are compared with."""
+        modules = {n: m for n, m in self.base.named_modules() if n not in self.head_names}
+        if issubclass(method, HiddenMethod):
+            found = self.encoder.hidden_places(name for name, _ in self.encoder.find_layers(self.base))
+            return {name: modules[of] for name, of in found.items()}
+        if issubclass(method, CopyMethod):
+            return {
+                name: module
+                for name, module in modules.items()
+                if type(module) in COPIED
+                and any(module._parameters.get(n) is not None for n in method.copied)
+                and not name.endswith(self.encoder.stays)
+            }
+        return {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
+
+    def _targeted(self, places: Collection[str]) -> set[str]:
+        """The places that the targets mean. Raises UserError where one of them means none."""
+        targeted: set[str] = set()
+        for target in self.trials[0].method.targets:
+            found = self.encoder.matching(target, places)
+            if not found:
+                ends = {name.rpartition(".")[2] for name in places}
+                roles = [role for role in self.encoder.roles if self.encoder.matching(role, places)]
+                known = ", ".join(dict.fromkeys([*roles, *sorted(ends)])) or "none"
+                raise UserError(
+                    f"method.targets={target}: method={self.trials[0].method.name} can sit at no such place of the "
+                    f"encoder (it has: {known})"
+                )
+            targeted |= {*found}
+        return targeted
+
+    def _edit(self, module: nn.Module, adapter: AdaptedHidden, name: str) -> None:
+        if hasattr(module, "adapter"):
+            raise UserError(f"method.targets: {name} is the same place of this encoder as another of them")
+        module.add_module("adapter", adapter)
+        before = isinstance(module, nn.LayerNorm)
+        module.forward = types.MethodType(_edit_then_forward if before else _forward_then_edit, module)
 
     def compile_layers(self) -> None:
         """Has embeddings and layers compiled when they are first used, once for all that are alike and any K > 1.
@@ -276,9 +434,10 @@ class Fleet(nn.Module):
     def device(self) -> torch.device:
         return self.base.device
 
-    def adapted(self) -> Iterator[tuple[str, AdaptedLinear]]:
-        """The adapted layers by name."""
-        return ((n, m) for n, m in self.base.named_modules() if isinstance(m, AdaptedLinear))
+    def adapted(self) -> Iterator[tuple[str, Any]]:
+        """The modules with a method, by name."""
+        kinds = (AdaptedLinear, AdaptedHidden, *COPIED.values())
+        return ((n, m) for n, m in self.base.named_modules() if isinstance(m, kinds))
 
     def trained(self) -> dict[str, nn.Parameter]:
         """The trained parameters by name, each (K, ...)."""
@@ -314,6 +473,10 @@ class Fleet(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None, **inputs: Tensor):
         """Transformers' output for inputs (K·B, T); its `logits` are (K·B, labels)."""
         self.keys.layout = None
+        if len(self.trials) > 1 and self.known:  # transformers would take one row for all trials
+            first = self.encoder.first_position(self.base.config.to_dict())
+            place_T = torch.arange(first, first + input_ids.shape[1], device=input_ids.device)
+            inputs = {"position_ids": place_T.expand_as(input_ids), **inputs}
         return self.base(input_ids=input_ids, attention_mask=attention_mask, **self._taken(inputs))
 
     def _taken(self, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -330,10 +493,31 @@ class Fleet(nn.Module):
             logits = self(**batch.inputs).logits
         return logits.to(self.dtype).view(*batch.labels_KB.shape, self.base.config.num_labels)
 
+    def undecayed(self) -> set[str]:
+        """The trained parameters that weight decay spares, as everywhere: biases and LayerNorms."""
+        norms = {n for n, m in self.base.named_modules() if isinstance(m, HeadNorm | CopiedNorm)}
+        of_norms = {n for n in self.trained() if n.rpartition(".")[0].removesuffix(".method") in norms}
+        return of_norms | {n for n in self.trained() if n.endswith("bias")}
+
     @torch.no_grad()
     def distances(self) -> dict[str, Tensor]:
-        """‖W′ − W‖_F of each trial (K,), by adapted layer."""
-        return {name: module.delta().flatten(1).norm(dim=1) for name, module in self.adapted()}
+        """‖W′ − W‖_F of each trial (K,), by adapted layer; of copies, of all that is copied there. Empty for methods
+        without ΔW."""
+        found = {}
+        for name, module in self.adapted():
+            if isinstance(module, AdaptedLinear):
+                found[name] = module.delta().flatten(1).norm(dim=1)
+            elif isinstance(module, Copied):
+                found[name] = torch.cat([change.flatten(1) for _, change in self._changes(module)], 1).norm(dim=1)
+        return found
+
+    def _changes(self, module: Copied) -> Iterator[tuple[str, Tensor]]:
+        """What the copies of a module's parameters differ by from the frozen ones, (K, ...)."""
+        for name in module.method.copied:
+            frozen = getattr(module, name, None)
+            change = None if frozen is None else module.method.change(name, frozen.to(self.dtype))
+            if change is not None:
+                yield name, change
 
     @torch.no_grad()
     def strengths(self) -> dict[str, Tensor]:
@@ -368,18 +552,23 @@ class Fleet(nn.Module):
         """A plain transformers model with one trial's adapters merged into the weights, for `save_pretrained`.
 
         Raises:
-            UserError: the method changes the bias of a layer that has none.
+            UserError: the method edits hidden states, or changes the bias of a layer that has none.
         """
+        kind = self.trials[trial].method.name
         state = {name: tensor for name, tensor in self.base.state_dict().items() if ".method." not in name}
         for name in state:
             if name.rpartition(".")[0] in self.head_names:
                 state[name] = state[name][trial]
         for name, module in self.adapted():
+            if isinstance(module, AdaptedHidden):
+                raise UserError(f"method {kind} cannot be merged: it edits hidden states, and changes no weights")
+            if isinstance(module, Copied):
+                state |= {f"{name}.{n}": getattr(module, n) + change[trial] for n, change in self._changes(module)}
+                continue
             state[f"{name}.weight"] = module.weight + module.delta()[trial]
             if (change_KO := module.bias_delta()) is None:
                 continue
             if module.bias is None:
-                kind = self.trials[trial].method.name
                 raise UserError(f"method {kind} cannot be merged: {name} of {type(self.base).__name__} has no bias")
             state[f"{name}.bias"] = module.bias + change_KO[trial]
         for name, module in self.base.named_modules():

@@ -5,7 +5,7 @@ A trial's whole state is one row of each of the buffers.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -28,7 +28,8 @@ class FleetAdamW:
     Args:
         parameters: by name, each (K, ...); their storage moves into `values`.
         lr_K: the trials' learning rates.
-        weight_decay_K: the trials' weight decay; biases are not decayed.
+        weight_decay_K: the trials' weight decay.
+        undecayed: the names of the parameters that it spares.
         own_lr: learning rates (K,) of the parameters that do not follow `lr_K`, by name.
         warmup_ratio_K: the share of `total_steps` over which the rate rises from 0; a float, not rounded to steps.
         total_steps: the step at which the linear schedule reaches 0.
@@ -37,12 +38,14 @@ class FleetAdamW:
     """
 
     eps = 1e-8
+    at_once = 1 << 27  # values in the update, which takes memory for some more of each
 
     def __init__(
         self,
         parameters: Mapping[str, nn.Parameter],
         lr_K: Tensor,
         weight_decay_K: Tensor,
+        undecayed: Collection[str],
         own_lr: Mapping[str, Tensor],
         warmup_ratio_K: Tensor,
         total_steps: int,
@@ -50,7 +53,7 @@ class FleetAdamW:
         clip_norm: float | None = None,
     ):
         def kind(name: str) -> tuple[bool, bool]:
-            return name in own_lr, name.endswith("bias")
+            return name in own_lr, name in undecayed
 
         self.lr_K = lr_K
         self.warmup_K, self.total_steps = warmup_ratio_K * total_steps, total_steps
@@ -60,7 +63,7 @@ class FleetAdamW:
         self.groups: list[Group] = []
         columns, previous = 0, None
         for name in self.names:
-            lr, decay = own_lr.get(name, lr_K), weight_decay_K * (not name.endswith("bias"))
+            lr, decay = own_lr.get(name, lr_K), weight_decay_K * (name not in undecayed)
             end = columns + parameters[name][0].numel()
             if kind(name) != previous or lr is not self.groups[-1].lr_K:
                 self.groups.append(Group(columns, end, lr, decay))
@@ -115,8 +118,9 @@ class FleetAdamW:
         # 1 - beta^(step + 1), which must not be a difference: 1 - 0.999 has lost half of float32's digits.
         count = (step + 1).to(self.values.dtype)
         unbiased1, unbiased2 = (-torch.expm1(count * log_beta) for log_beta in self._log_betas)
-        for group in self.groups:
-            at = slice(group.start, group.end)
+        columns = max(1, self.at_once // len(self.values))
+        parts = ((g, slice(a, min(a + columns, g.end))) for g in self.groups for a in range(g.start, g.end, columns))
+        for group, at in parts:
             lr_K1 = (group.lr_K * factor_K)[:, None]
             gradient, mean, square = self.gradients[:, at], self.mean[:, at], self.square[:, at]
             mean.lerp_(gradient, 1 - beta1)

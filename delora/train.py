@@ -251,6 +251,7 @@ def make_optimizer(fleet: Fleet, total_steps: int) -> FleetAdamW:
         fleet.trained(),
         lr_K=vector([t.rate for t in trials]),
         weight_decay_K=vector([t.weight_decay for t in trials]),
+        undecayed=fleet.undecayed(),
         own_lr=fleet.own_learning_rates(),
         warmup_ratio_K=vector([t.warmup_ratio for t in trials]),
         total_steps=total_steps,

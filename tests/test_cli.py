@@ -119,7 +119,7 @@ def test_all_faults_of_a_command_come_together(delora_run, tmp_path):
         "clip_norm=1,: a value is missing beside a comma",
         "rte: expected KEY=VALUE",
         "did you mean method.rank?",
-        "method.targets=qeury: matches no linear layer of model=tiny; did you mean query?",
+        "method.targets=qeury: matches no layer or place of model=tiny; did you mean query?",
         "lr=nan: expected a finite number",
         "epochs=0: must be at least 1",
         "batch_size=x: expected a whole number",

@@ -76,7 +76,7 @@ def test_a_method_s_options_are_what_its_class_takes(method):
     config = compose_trial(f"method={method}").method
     target = get_class(config.target)
     parameters = inspect.signature(target).parameters
-    assert set(config.options()) == set(parameters) - {"weight_OI", "draw", *target.given}
+    assert set(config.options()) == set(parameters) - {"weight_OI", "frozen", "width", "draw", *target.given}
 
 
 @pytest.mark.parametrize("name", ["glue", "synthetic"])
@@ -139,8 +139,8 @@ def test_minilm_s_shape_and_hash_are_the_package_s():
         ("method.betas", [0.9], "method.betas=[0.9]: the list is too short"),
         ("method.targets", [], "method.targets=[]: expected a list that is not empty"),
         ("method.targets", "query", "method.targets=query: expected a list, such as [query,value]"),
-        ("method.targets", ["query", "qeury"], "method.targets=qeury: matches no linear layer of model=roberta-base"),
-        ("method.targets", ["pooler.dense"], "method.targets=pooler.dense: matches no linear layer"),
+        ("method.targets", ["query", "qeury"], "method.targets=qeury: matches no layer or place of model=roberta-base"),
+        ("method.targets", ["pooler.dense"], "method.targets=pooler.dense: matches no layer or place"),
         ("model.source", None, "model: expected one of source, package and random"),
         ("model.shape", 3, "model.shape=3: expected a group of keys"),
         ("model.shape.family", "brt", "model.shape.family=brt: expected one of albert, bert,"),
@@ -174,7 +174,9 @@ BOUNDS = {  # what is said of the values at each edge and just beyond
     **dict.fromkeys(("warmup_ratio", "method.dropout"), SHARE),
     **dict.fromkeys(("seed", "data.seed", "method.projection_seed"), SEEDS),
     **dict.fromkeys(("batch_size", "accumulation", "data.rows.train", "data.rows.validation"), ROWS),
-    **dict.fromkeys(("method.rank", "method.blocks", "method.block_size", "method.projection_rank"), WIDTHS),
+    **dict.fromkeys(
+        ("method.rank", "method.blocks", "method.block_size", "method.bottleneck", "method.projection_rank"), WIDTHS
+    ),
     **dict.fromkeys(("model.shape.width", "model.shape.ffn", "model.shape.heads"), WIDTHS),
     **dict.fromkeys(("log_every", "fleet.size"), whole(1, 10**9)),
     "method.neumann_terms": whole(3, 100),

@@ -18,6 +18,7 @@ from delora.attention import NAME
 from delora.data import Rows
 from delora.data.batches import Tokens
 from delora.errors import UserError
+from delora.methods.base import HiddenMethod
 from delora.model import Fleet
 from delora.pretrained import byte_tokenizer
 from delora.randomness import Dropout
@@ -305,9 +306,14 @@ def test_stopped_within_an_epoch_it_goes_on_to_the_bit(kind, checkpoints):
 @each_kind
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_changes_what_is_saved_and_transformers_reads(kind, method, checkpoints, tmp_path):
-    words = [f"method={method}", "method.targets=[query,value,ffn_out]", "epochs=1"]
+    own = method in ("adapter", "adapter_ffn", "bitfit", "full", "loreft")
+    words = [f"method={method}", *([] if own else ["method.targets=[query,value,ffn_out]"]), "epochs=1"]
     words += ["method.block_size=16"] if method == "oft" else []  # divides the width of these encoders
     trials = trials_of(checkpoints(kind), [3, 4], *words)
+    if method == "bitfit" and kind == "modernbert":  # which has none
+        with pytest.raises(UserError, match=r"targets=layers: method=bitfit can sit at no such place .*it has: none"):
+            fleet_of(trials)
+        return
     with torch.no_grad():
         fleet, loaded = fleet_of(trials)
         start = fleet.trial_state(1)
@@ -317,19 +323,65 @@ def test_a_step_changes_what_is_saved_and_transformers_reads(kind, method, check
             not torch.equal(tensor, start[name]) for name, tensor in outcomes[1].adapter.items() if ".method." in name
         ]
         assert any(moved) and all(distance[1] > 0 for distance in fleet.distances().values())
+    tokens = tokens_of(fleet.eval(), loaded)["validation"]
+    inputs = padded(tokens)
+    with torch.no_grad():
+        ours = fleet(**{name: x.repeat(2, 1) for name, x in inputs.items()}).logits
+        batch = tokens.gather(torch.arange(8).expand(2, -1), fleet.packs)
+        torch.testing.assert_close(fleet.logits(batch).flatten(0, 1), ours, rtol=1e-9, atol=1e-11)
+        again, _ = fleet_of(trials[1:])
+        again.eval().load_trial_state(0, outcomes[1].adapter)
+        torch.testing.assert_close(again(**inputs).logits, ours[8:], rtol=1e-10, atol=1e-11)
+    if not fleet.distances():
+        return
     if method == "red" and kind == "modernbert":  # whose layers have no bias to merge a shift into
         with pytest.raises(UserError, match=r"method red cannot be merged: .*\.query of ModernBert.* has no bias"):
             fleet.eval().merge(1)
         return
     fleet.eval().merge(1).save_pretrained(tmp_path)
     theirs = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.float64).eval()
-    inputs = padded(tokens_of(fleet, loaded)["validation"])
     with torch.no_grad():
-        ours = fleet(**{name: x.repeat(2, 1) for name, x in inputs.items()}).logits[8:]
-        torch.testing.assert_close(alone(theirs, inputs), ours, rtol=1e-10, atol=1e-11)
-        again, _ = fleet_of(trials[1:])
-        again.eval().load_trial_state(0, outcomes[1].adapter)
-        torch.testing.assert_close(again(**inputs).logits, ours, rtol=1e-10, atol=1e-11)
+        torch.testing.assert_close(alone(theirs, inputs), ours[8:], rtol=1e-10, atol=1e-11)
+
+
+class Scaled(HiddenMethod):
+    """Multiplies hidden states, and shifts them."""
+
+    def __init__(self, width, draw, *, factor: float, shift: float):
+        super().__init__()
+        self.factor, self.shift = factor, shift
+        self.unused = torch.nn.Parameter(draw.normal("unused", (1,), 1.0))
+
+    def forward(self, h_KNH, dropout, norm):
+        return h_KNH * self.factor + self.shift
+
+
+@torch.no_grad()
+@each_kind
+def test_places_of_hidden_states_are_where_their_names_say(kind, checkpoints):
+    def logits(places: str, factor: float = 0.0, shift: float = 0.0, changed: tuple[str, ...] = ()) -> torch.Tensor:
+        """Of an encoder whose hidden states are scaled at all these places, and some of its linear layers changed."""
+        words = [f"method.targets=[{places}]", f"+method.factor={factor}", f"+method.shift={shift}"]
+        words += ["~method.rank", "~method.alpha", "method._target_=test_encoders.Scaled", "method=lora"]
+        fleet, loaded = fleet_of(trials_of(checkpoints(kind), [5, 5], *words))
+        for role in changed:
+            for layer, _ in fleet.encoder.find_layers(fleet.base):
+                fleet.base.get_submodule(f"{layer}.{fleet.encoder.roles[role]}").weight.mul_(-1.5)
+        tokens = tokens_of(fleet.eval(), loaded)["validation"]
+        return fleet.logits(tokens.gather(torch.arange(8).expand(2, -1), fleet.packs))[1]
+
+    blocks = {"attention_sublayer": ("value", "attention_output"), "ffn_sublayer": ("ffn_in", "ffn_out")}
+    for place, inside in blocks.items():  # without its output, a block may be any, and the other one may not
+        other = next(roles for name, roles in blocks.items() if name != place)
+        assert torch.equal(logits(place, changed=inside), logits(place))
+        assert not torch.allclose(logits(place, changed=other), logits(place), rtol=1e-3)
+    for place in ("ffn_residual", "layer_output"):  # without which nothing of the text is left
+        nothing = logits(place)
+        torch.testing.assert_close(nothing, nothing[:1].expand_as(nothing), rtol=1e-9, atol=1e-12)
+    # A LayerNorm takes a shift of all features away: before it the sum is, and not behind it.
+    plain, shifted = logits("ffn_residual", 1.0), logits("ffn_residual", 1.0, 0.5)
+    assert torch.allclose(shifted, plain, rtol=1e-6, atol=1e-9)
+    assert torch.allclose(logits("layer_output", 1.0, 0.5), plain, rtol=1e-3) == (kind == "modernbert")
 
 
 # --- Families that are not known

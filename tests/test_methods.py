@@ -16,6 +16,7 @@ from delora.methods.ether import ETHER, ETHERPlus
 from delora.methods.etherbound import BoundedETHER
 from delora.methods.hra import HRA
 from delora.methods.lora import LoRA
+from delora.methods.loreft import LoReFT, reflect
 from delora.methods.miss import MiSS
 from delora.methods.oft import OFT
 from delora.methods.pissa import PiSSA
@@ -194,49 +195,119 @@ def test_more_golden_layers(shared, kind, dtype, trials):
 
 # Of whole models: bounds of their README, relative to the largest element; and what the reference calls a parameter.
 MODELS_FLOAT32 = {"logits": 2.5e-6, "loss": 1.5e-6, "grad": 1e-5}
-NAMES_THERE = {
-    "ia3": {"base_model.model.{layer}.ia3_l.default": "scale"},
-    "red": {
-        "base_model.{layer}.delta_vector.activation_scaling": "scale",
-        "base_model.{layer}.delta_vector.activation_bias": "shift",
-    },
+KEY_BIAS_FLOAT32 = 3e-6  # its gradient is zero but for rounding
+BOTTLENECK = {
+    "down": "adapter_down.0.weight",
+    "down_bias": "adapter_down.0.bias",
+    "up": "adapter_up.weight",
+    "up_bias": "adapter_up.bias",
 }
+OF_REFT = "comp_roberta_encoder_layer[{}]_output_unit_pos_nunit_1#0."
+WHOLE = {
+    "adapter": ["method.bottleneck=8"],
+    "adapter_ffn": ["method.bottleneck=8"],
+    "bitfit": ["method.targets=['*']"],
+    "full": [],
+    "ia3": [],
+    "loreft_r1": [],
+    "loreft_r2": ["method.rank=2"],
+    "red": [],
+}
+
+
+def name_in_model(kind: str, place: str, own: str) -> str:
+    """What the reference calls the parameter `own` of a method at a place."""
+    match kind.split("_"):
+        case ["ia3"]:
+            return f"base_model.model.{place}.ia3_l.default"
+        case ["red"]:
+            kinds = {"scale": "scaling", "shift": "bias"}
+            return f"base_model.{place.removeprefix('roberta.')}.delta_vector.activation_{kinds[own]}"
+        case ["adapter", *_]:
+            return f"{place.rpartition('.')[0].rpartition('.')[0]}.adapters.default.{BOTTLENECK[own]}"
+        case ["loreft", _]:
+            kinds = {"W": "learned_source.weight", "bias": "learned_source.bias"}
+            kinds["X"] = "rotate_layer.parametrizations.weight.original"
+            return OF_REFT.format(place.split(".")[3]) + kinds[own]
+    return f"{place}.{own}"  # full, bitfit
 
 
 @pytest.mark.parametrize("trials", [1, 3])
 @pytest.mark.parametrize("dtype", ["f64", "f32"])
-@pytest.mark.parametrize("kind", NAMES_THERE)
+@pytest.mark.parametrize("kind", WHOLE)
 def test_golden_models(shared, kind, dtype, trials):
     """Whole RoBERTa classifiers: logits, loss and every gradient, and how many values are trained."""
     weights, meta = load(shared / "golden" / "models" / "base_h32.safetensors")
     batch = {name: weights.pop(name) for name in ("input_ids", "attention_mask", "labels")}
     base = transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**json.loads(meta["config"])))
     base.load_state_dict(weights)
-    words = ["model=tiny", f"method={kind}", f"precision={'float64' if dtype == 'f64' else 'float32'}"]
+    words = [f"method={kind.partition('_r')[0]}", f"precision={'float64' if dtype == 'f64' else 'float32'}"]
+    words += ["model=tiny", *WHOLE[kind]]
     fleet = Fleet(base, [compose_trial(*words, f"seed={seed}") for seed in range(trials)], torch.device("cpu")).eval()
     golden, about = load(shared / "golden" / "models" / f"{kind}_h32_{dtype}.safetensors")
     here, trained = trials // 2, fleet.trained()
     names = {n: f"grad.{n}" for n in trained if n.startswith("classifier.")}
-    for layer, _ in fleet.adapted():
-        inside = layer.removeprefix("roberta.") if kind == "red" else layer
-        names |= {f"{layer}.method.{own}": "grad." + n.format(layer=inside) for n, own in NAMES_THERE[kind].items()}
-    assert names.keys() == trained.keys() and {*names.values()} == {n for n in golden if n.startswith("grad.")}
+    for place, module in fleet.adapted():
+        own = [name for name, _ in module.method.named_parameters()]
+        names |= {f"{place}.method.{n}": "grad." + name_in_model(kind, place, n) for n in own}
+    reference = {n for n in golden if n.startswith("grad.") and not n.startswith("grad.R.")}
+    assert names.keys() == trained.keys() and {*names.values()} == reference
     assert fleet.count()["adapter"] == int(about["trained_without_head"])
+    sources = {**{name: tensor.to(fleet.dtype) for name, tensor in weights.items()}, **golden}
     with torch.no_grad():
         for parameter in trained.values():
             parameter += torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) / 10  # the others
         for name, parameter in trained.items():
-            source = weights if name.startswith("classifier.") else golden
-            parameter[here] = source[name if source is weights else names[name][5:]].reshape(parameter[here].shape)
+            parameter[here] = sources[names[name][5:]].reshape(parameter[here].shape)
+        if kind.startswith("loreft"):
+            for place, module in fleet.adapted():
+                rotate_as_there(module.method, golden, int(place.split(".")[3]), here)
     inputs = {name: tensor.repeat(trials, 1) for name, tensor in batch.items() if name != "labels"}
     logits_KBC = fleet(**inputs).logits.unflatten(0, (trials, -1))
     losses = torch.stack([torch.nn.functional.cross_entropy(logits_BC, batch["labels"]) for logits_BC in logits_KBC])
     losses.sum().backward()
     found = {"logits": logits_KBC[here], "loss": losses[here]}
-    found |= {there: trained[name].grad[here] for name, there in names.items()}
+    found |= {there: trained[name].grad[here] for name, there in names.items() if not name.endswith("method.X")}
     for name, ours in found.items():
         bound = 1e-12 if dtype == "f64" else MODELS_FLOAT32[name.split(".")[0]]
-        assert close(ours.detach().reshape(golden[name].shape), golden[name], bound), name
+        if name.endswith("key.bias"):
+            assert ours.abs().max() <= (1e-12 if dtype == "f64" else KEY_BIAS_FLOAT32), name
+        else:
+            assert close(ours.detach().reshape(golden[name].shape), golden[name], bound), name
+    for place, module in fleet.adapted() if kind.startswith("loreft") else ():
+        pulled = pulled_back(module.method, golden[f"grad.R.{place.split('.')[3]}"], here)
+        assert close(module.method.X.grad[here].tril(-1), pulled, 1e-12 if dtype == "f64" else 1e-5), place
+
+
+def rotate_as_there(method: LoReFT, golden: dict, layer: int, here: int) -> None:
+    """Has the rotation begin as the reference's is; ours begins with reflections and not with a whole matrix."""
+    there, R_RH = OF_REFT.format(layer) + "rotate_layer.parametrizations.weight.", golden[f"R.{layer}"]
+    X_HR = golden[f"{there}original"]
+    eye_HR = torch.eye(*X_HR.shape, dtype=X_HR.dtype)
+    ours_HR = golden[f"{there}0.base"] @ -reflect(X_HR[None], eye_HR[None])[0]
+    assert close(ours_HR, R_RH.mT, 1e-12 if R_RH.dtype == torch.float64 else 1e-6)  # the same map of X
+    # Reflections that take the unit vectors to the columns of Rᵀ, as LAPACK's do but for signs, which v = x − e keeps.
+    columns = R_RH.mT.clone()
+    for j in range(columns.shape[1]):
+        v = columns[:, j].clone()
+        v[:j] = 0
+        v[j] -= 1
+        v = v / v[j]
+        method.base[here, :, j] = v
+        columns -= 2 * torch.outer(v, v @ columns) / v.square().sum()
+    method.X[here] = 0
+    assert close(method.rotation()[here], R_RH.mT, 1e-12 if R_RH.dtype == torch.float64 else 1e-6)
+
+
+def pulled_back(method: LoReFT, gradient_RH: torch.Tensor, here: int) -> torch.Tensor:
+    """The gradient of X by torch's own parametrization, given that of a free R."""
+    eye_HH = torch.eye(method.X.shape[1], dtype=method.X.dtype)
+    layer = torch.nn.Linear(*method.X.shape[1:][::-1], bias=False, dtype=method.X.dtype)
+    torch.nn.init.orthogonal_(layer.weight)
+    torch.nn.utils.parametrizations.orthogonal(layer)
+    layer.parametrizations.weight[0].base = reflect(method.base, eye_HH.expand(len(method.base), -1, -1))[here].detach()
+    (layer.weight * gradient_RH.mT).sum().backward()
+    return layer.parametrizations.weight.original.grad.tril(-1)
 
 
 def test_an_unknown_scaling_is_refused():
@@ -267,8 +338,10 @@ def test_any_rank_in_half_precision(rank):
     [
         ("lora.lora", "lora has no class lora; did you mean LoRA?"),
         ("lora.Tensr", "lora has no class Tensr"),  # not what the module imports
-        ("lora.Tensor", "=delora.methods.lora.Tensor: expected a class derived from delora.methods.base.Method"),
+        ("lora.Tensor", "derived from delora.methods.base.LinearMethod, CopyMethod or HiddenMethod"),
+        ("base.Method", "derived from delora.methods.base.LinearMethod, CopyMethod or HiddenMethod"),
         ("base.LowRank", ": an abstract class: it lacks factors"),
+        ("base.CopyMethod", ": an abstract class: it lacks copied"),
     ],
 )
 def test_what_is_no_method_is_told(name, told):

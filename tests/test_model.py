@@ -13,11 +13,22 @@ from delora.cli import conf_folder
 from delora.data import load
 from delora.data.batches import Tokens
 from delora.errors import UserError
-from delora.model import Fleet, HeadNorm, Joined
+from delora.model import (
+    AdaptedHidden,
+    AdaptedLinear,
+    CopiedEmbedding,
+    CopiedLinear,
+    CopiedNorm,
+    Fleet,
+    HeadNorm,
+    Joined,
+)
 from delora.randomness import Dropout
 from delora.tasks import TASKS
 
 METHODS = sorted(path.stem for path in (conf_folder() / "method").glob("*.yaml"))
+ON_HIDDEN = ("adapter", "adapter_ffn", "loreft")  # methods without ΔW
+NOT_THE_IDENTITY_AT_FIRST = ("ether", *ON_HIDDEN)  # a reflection never is, random bottlenecks are close
 CPU = torch.device("cpu")
 
 
@@ -52,6 +63,10 @@ def test_merged_weight_is_what_forward_does(method):
     fleet, _ = make(f"method={method}", trials=2)
     shake(fleet)
     x = inputs(3)
+    if method in ON_HIDDEN:
+        with pytest.raises(UserError, match=f"method {method} cannot be merged: it edits hidden states"):
+            fleet.merge()
+        return
     both = fleet(**{name: tensor.repeat(2, 1) for name, tensor in x.items()}).logits.view(2, 3, -1)
     for trial in range(2):
         merged = fleet.merge(trial)(**x).logits
@@ -67,8 +82,9 @@ def test_a_fresh_adapter_leaves_the_logits_unchanged(method):
     plain.load_state_dict(head, strict=False)
     x = inputs(3)
     same = torch.allclose(fleet(**x).logits, plain(**x).logits, rtol=1e-12, atol=1e-12)
-    assert same == (method != "ether")  # a reflection is never the identity
+    assert same == (method not in NOT_THE_IDENTITY_AT_FIRST)
     assert all((d == 0).all() == (method != "ether") for d in fleet.distances().values())
+    assert (not fleet.distances()) == (method in ON_HIDDEN)
 
 
 def test_a_rate_may_be_a_multiple_of_the_trials():
@@ -104,8 +120,8 @@ def test_a_trials_state_is_a_copy_of_what_training_changes_or_drew(method):
     fleet, _ = make(f"method={method}", trials=2)
     shake(fleet)
     state = fleet.trial_state(1)
-    drawn = {name for name, _ in fleet.base.named_buffers() if name.endswith((".A0", ".B0"))}
-    assert state.keys() == fleet.trained().keys() | drawn and bool(drawn) == (method in ("delora", "pissa"))
+    drawn = {name for name, _ in fleet.base.named_buffers() if name.endswith((".A0", ".B0", ".base"))}
+    assert state.keys() == fleet.trained().keys() | drawn and bool(drawn) == (method in ("delora", "loreft", "pissa"))
     assert all(torch.equal(state[name], parameter[1]) for name, parameter in fleet.trained().items())
     before = {name: tensor.clone() for name, tensor in state.items()}
     shake(fleet)
@@ -133,14 +149,26 @@ def test_a_methods_dropout_reaches_the_method(method):
     """Another input after dropout is another output, as the method itself has it; not where nothing is adapted."""
     fleet, _ = make(f"method={method}", "method.dropout=0.5", trials=2)
     shake(fleet)
-    layer = next(module for _, module in fleet.adapted())
+    layer = next(m for _, m in fleet.adapted() if not isinstance(m, CopiedEmbedding | CopiedNorm))
     fleet.keys.key_KN = torch.tensor([[1, 2, 3], [4, 5, 6]], dtype=torch.int32)
-    x = torch.randn(2, 3, layer.weight.shape[1], dtype=torch.float64)
+    fleet.keys.first_KB = fleet.keys.key_KN[:, :1]
+    width = 32 if isinstance(layer, AdaptedHidden) else layer.weight.shape[1]
+    x = torch.randn(2, 3, width, dtype=torch.float64)
+    arguments = (lambda h: h,) if isinstance(layer, AdaptedHidden) else ()
     layer.train()
-    dropped = layer.dropout(x)
-    assert not torch.equal(dropped, x)
-    assert torch.equal(layer(x), layer.method(x, dropped, layer.weight, layer.bias))
-    assert torch.equal(layer(x), layer.eval()(x)) == (method == "head")
+    dropped = layer.dropout(x) if method != "loreft" else None
+    assert dropped is None or not torch.equal(dropped, x)
+    y = layer(x, *arguments)
+    if isinstance(layer, AdaptedLinear):
+        assert torch.equal(y, layer.method(x, dropped, layer.weight, layer.bias))
+    elif isinstance(layer, CopiedLinear):
+        assert torch.equal(y, layer.eval()(dropped))
+    elif method == "loreft":
+        assert torch.equal(y[:, 1:], x[:, 1:]) and ((y[:, 0] == 0).sum() - width).abs() < 16
+    else:
+        added = layer.eval()(x, *arguments) - x
+        torch.testing.assert_close(y - x, layer.train().dropout(added), rtol=1e-12, atol=1e-12)
+    assert torch.equal(y, layer.eval()(x, *arguments)) == (method == "head")
 
 
 def test_a_trained_norm_is_transformers_own():

@@ -7,8 +7,10 @@ from transformers import get_linear_schedule_with_warmup
 from delora.optim import FleetAdamW
 
 
+@pytest.mark.parametrize("at_once", [1 << 27, 20])
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
-def test_each_trial_is_torchs_adamw(clip_norm):
+def test_each_trial_is_torchs_adamw(clip_norm, at_once, monkeypatch):
+    monkeypatch.setattr(FleetAdamW, "at_once", at_once)
     torch.manual_seed(0)
     steps, lrs, decays, warmups = 12, [1e-1, 1e-2, 3e-3], [0.1, 0.0, 0.01], [0.06, 0.5, 0.0]
     start = {"a.weight": torch.randn(3, 4, 5).double(), "a.bias": torch.randn(3, 4).double()}
@@ -22,7 +24,7 @@ def test_each_trial_is_torchs_adamw(clip_norm):
         return torch.tensor(values, dtype=torch.float64)
 
     optimizer = FleetAdamW(
-        fleet, vector(lrs), vector(decays), {"lam": own}, vector(warmups), steps, (0.9, 0.99), clip_norm
+        fleet, vector(lrs), vector(decays), {"a.bias"}, {"lam": own}, vector(warmups), steps, (0.9, 0.99), clip_norm
     )
     for step in range(steps):
         for name, parameter in fleet.items():

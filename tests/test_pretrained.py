@@ -511,7 +511,7 @@ def test_a_command_over_a_malformed_checkpoint_ends_before_it_begins(roberta, tm
     answer = command(*words, "max_length=64", "method.targets=[quary]", cwd=tmp_path)
     assert answer.returncode == 2 and answer.stdout == "" and "Traceback" not in answer.stderr
     assert "max_length=64: above 40, the longest input of model=encoder" in answer.stderr
-    assert "matches no linear layer of model=encoder; did you mean query?" in answer.stderr
+    assert "matches no layer or place of model=encoder; did you mean query?" in answer.stderr
     assert list(tmp_path.iterdir()) == [folder]
 
 

@@ -170,7 +170,7 @@ class Poison(Listener):
         self.now = step == 10
         for trial, (place, value) in self.where.items():
             if self.now and place == "optimizer":
-                self.optimizer.mean[trial, 0] = value
+                self.optimizer.mean[trial, -1] = value
 
     def make_optimizer(self, fleet, total_steps):
         self.optimizer = make_optimizer(fleet, total_steps)

@@ -23,6 +23,12 @@ class Albert(Encoder):
         "ffn_in": "ffn",
         "ffn_out": "ffn_output",
     }
+    places = {
+        "attention_sublayer": "attention.output_dropout",
+        "ffn_sublayer": "ffn_output",
+        "ffn_residual": "full_layer_layer_norm",
+        "layer_output": "",
+    }
     others = {"pooler": ("width", "width")}
     attention = "attention"
     cut, after_attention = None, ()

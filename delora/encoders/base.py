@@ -3,7 +3,8 @@
 A family is one file beside this one with a subclass of `Encoder`, found by existing, and a file conf/model/<name>.yaml
 for each of its published checkpoints. A method says what is trained; an encoder says where.
 
-Roles are the same in all families: query, key, value, attention_output, ffn_in, ffn_out. Names of layers, linears and
+Roles and places are the same in all families: the linear layers query, key, value, attention_output, ffn_in, ffn_out,
+and where hidden states are attention_sublayer, ffn_sublayer, ffn_residual, layer_output. Names of layers, linears and
 modules are those of transformers' sequence classification model.
 """
 
@@ -58,6 +59,10 @@ class Encoder:
         prefix: the encoder in the classification model.
         layers: its layers, in the encoder; a number in the place of each *.
         roles: the linear layer of each role, in a layer.
+        places: the module of each place of hidden states, in a layer; "" is the layer itself. attention_sublayer and
+            ffn_sublayer: what a block gives to the residual, its output after dropout. ffn_residual: the sum of both,
+            which is the input of this LayerNorm, or in pre-norm encoders the output of the layer. layer_output.
+        stays: modules whose weights no method trains, in the classification model.
         others: linear layers outside its layers, in the encoder: input and output as the shape's keys.
         gated: whether ffn_in makes two vectors of the shape's ffn, one of which gates the other.
         fused: linear layers of which each third is another one, with the thirds' names: they are taken apart when the
@@ -85,6 +90,13 @@ class Encoder:
         "ffn_in": "intermediate.dense",
         "ffn_out": "output.dense",
     }
+    places: ClassVar[Mapping[str, str]] = {
+        "attention_sublayer": "attention.output.dropout",
+        "ffn_sublayer": "output.dropout",
+        "ffn_residual": "output.LayerNorm",
+        "layer_output": "",
+    }
+    stays: ClassVar[tuple[str, ...]] = ()
     others: ClassVar[Mapping[str, tuple[str, str]]] = {}
     gated: ClassVar[bool] = False
     fused: ClassVar[Mapping[str, tuple[str, ...]]] = {}
@@ -93,7 +105,7 @@ class Encoder:
     output: ClassVar[str] = "encoder"
     head: ClassVar[tuple[str, ...]] = ("classifier",)
     packs: ClassVar[bool] = True
-    after_attention: ClassVar[tuple[str, ...]] = ("attention.output", "output")
+    after_attention: ClassVar[tuple[str, ...]] = ("attention.output", "intermediate", "output")
     cut: ClassVar[str | None] = "attention.output"
     replaced: ClassVar[Mapping[str, Callable]] = {}
     keys: ClassVar[Mapping[str, str]] = {
@@ -144,8 +156,19 @@ class Encoder:
         inside = tuple(f"{name}." for name in self.layer_names(shape))
         return round(sum(i * o * (turns if n.startswith(inside) else 1) for n, (i, o) in self.linears(shape).items()))
 
-    def linears_of(self, target: str, names: Iterable[str]) -> list[str]:
-        """Which of the linear layers a target means: a role, or a pattern as `matches` takes it."""
+    def hidden_places(self, layers: Iterable[str]) -> dict[str, str]:
+        """The module of each place of hidden states in these layers, by the layer's name and the place's."""
+        return {
+            f"{layer}.{place}": f"{layer}.{m}" if m else layer for layer in layers for place, m in self.places.items()
+        }
+
+    def matching(self, target: str, names: Iterable[str]) -> list[str]:
+        """Which of the names of linear layers, other modules and places a target means.
+
+        A target is a role, `layers` for all that is in a layer, or a pattern as `matches` takes it.
+        """
+        if target == "layers":
+            return [name for name in names if self._is_in_layer(name, "**")]
         role = self.roles.get(target)
         return [name for name in names if (self._is_in_layer(name, role) if role else matches(target, name))]
 
@@ -173,8 +196,8 @@ class Encoder:
 
 @functools.cache
 def _numbered(name: str) -> re.Pattern[str]:
-    """A dotted name with any number for each *."""
-    return re.compile(re.escape(name).replace(r"\*", r"\d+"))
+    """A dotted name with any number for each *, and anything for **."""
+    return re.compile(re.escape(name).replace(r"\*\*", ".+").replace(r"\*", r"\d+"))
 
 
 def matches(pattern: str, name: str) -> bool:

@@ -35,7 +35,7 @@ def attend(
     if kinds:
         span = self.pos_ebd_size
         reach = min(tokens, span)
-        rows = rel_embeddings[span - reach : span + reach].expand(trials, -1, -1)
+        rows = rel_embeddings[:, span - reach : span + reach]
         own, keys.key_KN = keys.key_KN, keys.of_shared(2 * reach, span - reach)
         rows = self.pos_dropout(rows)
         of_keys: Any = self.key_proj if self.share_att_key else getattr(self, "pos_key_proj", None)
@@ -53,6 +53,17 @@ def attend(
     weights = self.dropout(scores.softmax(-1))
     context = weights.view(trials, -1, *weights.shape[1:]) @ v
     return context.transpose(2, 3).reshape(hidden_states.shape), None
+
+
+def distance_embeddings(self: Any) -> Any:
+    """In the place of DebertaV2Encoder.get_rel_embedding: one for each trial, (K, distances, H)."""
+    if not self.relative_attention:
+        return None
+    table = self.rel_embeddings
+    copies = getattr(table, "method", None)
+    rows = table.weight if copies is None else copies.weight.to(table.weight.dtype)
+    rows = rows.expand(len(self.layer[0].attention.self.dropout.keys.key_KN), -1, -1)
+    return self.LayerNorm(rows) if "layer_norm" in self.norm_rel_ebd else rows
 
 
 def relative_positions(self: Any, hidden_states: Any, query_states: Any = None, relative_pos: Any = None) -> Any:
@@ -83,4 +94,8 @@ class Deberta(Encoder):
     }
     packs = False
     cut, after_attention = None, ()
-    replaced = {"DisentangledSelfAttention.forward": attend, "DebertaV2Encoder.get_rel_pos": relative_positions}
+    replaced = {
+        "DisentangledSelfAttention.forward": attend,
+        "DebertaV2Encoder.get_rel_pos": relative_positions,
+        "DebertaV2Encoder.get_rel_embedding": distance_embeddings,
+    }

@@ -15,6 +15,12 @@ class DistilBert(Encoder):
         "ffn_in": "ffn.lin1",
         "ffn_out": "ffn.lin2",
     }
+    places = {
+        "attention_sublayer": "attention.out_lin",
+        "ffn_sublayer": "ffn.dropout",
+        "ffn_residual": "output_layer_norm",
+        "layer_output": "",
+    }
     attention = "attention"
     output = "transformer"
     head = ("pre_classifier", "classifier")

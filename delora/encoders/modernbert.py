@@ -22,6 +22,12 @@ class ModernBert(Encoder):
         "ffn_in": "mlp.Wi",
         "ffn_out": "mlp.Wo",
     }
+    places = {
+        "attention_sublayer": "attn.out_drop",
+        "ffn_sublayer": "mlp.Wo",
+        "ffn_residual": "",
+        "layer_output": "",
+    }
     gated = True
     fused = {"attn.Wqkv": ("query", "key", "value")}
     attention = "attn"

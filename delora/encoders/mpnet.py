@@ -45,8 +45,10 @@ class MPNet(Encoder):
         "ffn_in": "intermediate.dense",
         "ffn_out": "output.dense",
     }
+    places = {**Encoder.places, "attention_sublayer": "attention.dropout"}
+    stays = ("relative_attention_bias",)  # the kernel's bias has no gradient; 32 numbers a head
     attention = "attention.attn"
-    cut, after_attention = None, ("attention.dropout", "output")
+    cut, after_attention = None, ("attention.dropout", "intermediate", "output")
     replaced = {"MPNetEncoder.compute_position_bias": distance_bias, "MPNetAttention.forward": attend}
 
     def first_position(self, config: Mapping[str, Any]) -> int:

@@ -1,15 +1,19 @@
-"""The contract of a method: two small maps around a frozen linear layer, for K trials at once.
+"""The contract of a method: what K trials at once compute at places of a frozen encoder.
 
-Shapes are in the names: K trials, N = examples · tokens of one trial, I input width, O output width, R rank,
-M blocks, D width of a block. Every trainable tensor has the leading axis K, and trial k touches slice k alone.
+A method sits on linear layers (`LinearMethod`), has copies of frozen parameters (`CopyMethod`), or edits hidden states
+(`HiddenMethod`). Which ones, a config's targets say, by names that `delora.encoders` gives them.
 
-A new method is one file with a subclass of `Method` and one file conf/method/<name>.yaml whose `_target_` names it.
+Shapes are in the names: K trials, N = examples · tokens of one trial, I input width, O output width, H hidden width,
+R rank, M blocks, D width of a block, V size of a vocabulary. Every trainable tensor has the leading axis K, and trial k
+touches slice k alone.
+
+A new method is one file with a subclass of one of these and one file conf/method/<name>.yaml whose `_target_` names it.
 """
 
 import importlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -21,21 +25,37 @@ from delora.randomness import Draw
 
 
 class Method(nn.Module, ABC):
-    """One adapted linear layer of K trials. Subclasses take (weight_OI, draw, **options of their yaml).
+    """What K trials train at one place. Subclasses of its kinds take the options of their yaml as keywords.
 
     Options that may differ between the trials (`delora.config.PER_TRIAL`) come as (K,) tensors.
 
     Attributes:
-        given: the names of what a layer is given beside its options: the tensors of `share`, and its "role" in the
+        given: the names of what a place is given beside its options: the tensors of `share`, and its "role" in the
             encoder (None where it has none).
     """
 
     given: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
-    def share(cls, weights: Collection[Tensor], **options: Any) -> Mapping[str, Tensor]:
-        """What all adapted layers have in common, given their weights (O, I) and the method's options."""
+    def share(cls, weights: Collection[Tensor], **options: Any) -> Mapping[str, Any]:
+        """What all places have in common, given the weights (O, I) of the linear layers and the method's options."""
         return {}
+
+    def learning_rates(self) -> Mapping[str, Tensor]:
+        """Parameters that have a learning rate (K,) of their own, by name; all others use the trial's."""
+        return {}
+
+    def rate_factors(self) -> Mapping[str, Tensor]:
+        """Parameters whose rate is a multiple (K,) of the trial's, by name."""
+        return {}
+
+    def strength(self) -> Tensor | None:
+        """λ of each trial (K,), for methods that have one."""
+        return None
+
+
+class LinearMethod(Method):
+    """A map around a frozen linear layer. Subclasses take (weight_OI, draw, **options)."""
 
     @abstractmethod
     def forward(self, x_KNI: Tensor, dropped_KNI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
@@ -52,20 +72,48 @@ class Method(nn.Module, ABC):
         """b′ − b of each trial, (K, O), for methods that change the bias too."""
         return None
 
-    def learning_rates(self) -> Mapping[str, Tensor]:
-        """Parameters that have a learning rate (K,) of their own, by name; all others use the trial's."""
-        return {}
 
-    def rate_factors(self) -> Mapping[str, Tensor]:
-        """Parameters whose rate is a multiple (K,) of the trial's, by name."""
-        return {}
+class CopyMethod(Method):
+    """Copies, one a trial, of parameters of frozen linear layers, LayerNorms and embeddings. Subclasses say which.
 
-    def strength(self) -> Tensor | None:
-        """λ of each trial (K,), for methods that have one."""
-        return None
+    They begin as the frozen ones. Dropout acts on the whole input of linear layers.
+
+    Attributes:
+        copied: the names of the parameters. A module that has none of them is no place for the method.
+    """
+
+    copied: ClassVar[tuple[str, ...]]
+
+    def __init__(self, frozen: Mapping[str, Tensor], draw: Draw):
+        super().__init__()
+        for name, tensor in frozen.items():
+            copies = tensor.detach().to(draw.device, draw.dtype).repeat(len(draw.seeds), *[1] * tensor.dim())
+            self.register_parameter(name, nn.Parameter(copies))
+
+    def change(self, name: str, frozen: Tensor) -> Tensor | None:
+        """What merging adds to the frozen parameter, (K, *shape); None where the method has no copy of it."""
+        copies = self._parameters.get(name)
+        return None if copies is None else copies - frozen
 
 
-class LowRank(Method):
+class HiddenMethod(Method):
+    """An edit of hidden states. Subclasses take (width, draw, **options).
+
+    Attributes:
+        of_first: whether it edits those of the examples' first tokens alone.
+    """
+
+    of_first: ClassVar[bool] = False
+
+    @abstractmethod
+    def forward(self, h_KNH: Tensor, dropout: Callable[[Tensor], Tensor], norm: Callable[[Tensor], Tensor]) -> Tensor:
+        """The edited hidden states (K, N, H).
+
+        `norm` is the frozen LayerNorm that they enter next, where the encoder names the place by it; else the identity.
+        """
+
+
+class LowRank(LinearMethod):
     """A method whose ΔW is a product of two thin matrices: subclasses say which. S is the product's rank."""
 
     drops_whole_input = False  # else the input of ΔW alone
@@ -110,10 +158,13 @@ def find(target: str) -> type[Method]:
     if not isinstance(found, type):
         known = [n for n, v in vars(module).items() if isinstance(v, type) and v.__module__ == path]
         raise refused(f"{path} has no class {name}{did_you_mean(name, known)}")
-    if not issubclass(found, Method):
-        raise refused("expected a class derived from delora.methods.base.Method")
-    if inspect.isabstract(found):
-        raise refused(f"an abstract class: it lacks {' and '.join(sorted(found.__abstractmethods__))}")
+    if not issubclass(found, LinearMethod | CopyMethod | HiddenMethod):
+        raise refused("expected a class derived from delora.methods.base.LinearMethod, CopyMethod or HiddenMethod")
+    lacking = sorted(found.__abstractmethods__)
+    if issubclass(found, CopyMethod) and not hasattr(found, "copied"):
+        lacking.append("copied")
+    if lacking:
+        raise refused(f"an abstract class: it lacks {' and '.join(lacking)}")
     return found
 
 
@@ -135,7 +186,7 @@ def check(configs: Iterable[MethodConfig]) -> None:
 
 def _misfits(method: type[Method], options: Mapping[str, object]) -> Iterator[Fault]:
     """Options that a class does not take, or needs and has not got."""
-    _, _, *parameters = inspect.signature(method).parameters.values()  # after weight_OI and draw
+    _, _, *parameters = inspect.signature(method).parameters.values()  # after those of its kind
     parameters = [parameter for parameter in parameters if parameter.name not in method.given]
     taken = {parameter.name: parameter for parameter in parameters if parameter.kind is not parameter.VAR_KEYWORD}
     for name, value in options.items():

@@ -3,11 +3,11 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from delora.methods.base import Method
+from delora.methods.base import LinearMethod
 from delora.randomness import Draw
 
 
-class Head(Method):
+class Head(LinearMethod):
     """The frozen layer itself, without a trained value. Shapes as in `delora.methods.base`."""
 
     def __init__(self, weight_OI: Tensor, draw: Draw):

@@ -7,11 +7,11 @@ whole input.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from delora.methods.base import Method, zeros
+from delora.methods.base import LinearMethod, zeros
 from delora.randomness import Draw
 
 
-class IA3(Method):
+class IA3(LinearMethod):
     """Infused adapter by inhibiting and amplifying inner activations. Shapes as in `delora.methods.base`."""
 
     given = ("role",)

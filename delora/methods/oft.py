@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from delora.methods.base import Method, zeros
+from delora.methods.base import LinearMethod, zeros
 from delora.randomness import Draw
 
 
-class OFT(Method):
+class OFT(LinearMethod):
     """Orthogonal finetuning. Shapes as in `delora.methods.base`; R (K, M, D·(D − 1)/2), by rows of the triangle."""
 
     places_2P: Tensor

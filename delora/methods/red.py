@@ -7,11 +7,11 @@ LayerNorm. s starts at 1, t at 0. Dropout acts on the layer's whole input.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from delora.methods.base import Method, zeros
+from delora.methods.base import LinearMethod, zeros
 from delora.randomness import Draw
 
 
-class RED(Method):
+class RED(LinearMethod):
     """Representation editing. Shapes as in `delora.methods.base`; scale and shift (K, O)."""
 
     def __init__(self, weight_OI: Tensor, draw: Draw):
