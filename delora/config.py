@@ -41,6 +41,8 @@ PER_TRIAL = (
 )
 
 
+LOOKS = ("title", "place", "styles")  # keys of a method's file that delora/report reads
+
 T = TypeVar("T")
 
 
@@ -147,7 +149,10 @@ class TaskConfig(Section):
 
 
 class MethodConfig(Section):
-    """A method with its options. The options named here are checked; a method may have others."""
+    """A method with its options. The options named here are checked; a method may have others.
+
+    How reports show the method is no part of a trial, and left out.
+    """
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
 
@@ -176,6 +181,11 @@ class MethodConfig(Section):
     d_initial: Given[Positive] = None
     projection_rank: Given[Width] = None
     projection_seed: Given[Seed] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_looks(cls, values: Any) -> Any:
+        return {k: v for k, v in values.items() if k not in LOOKS} if isinstance(values, Mapping) else values
 
     def options(self) -> dict[str, Any]:
         """The method's own options: what its class is built with."""

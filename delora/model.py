@@ -10,7 +10,7 @@ import functools
 import inspect
 import itertools
 import types
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,8 +39,11 @@ class AdaptedLinear(nn.Module):
         super().__init__()
         self.weight, self.bias, self.method, self.dropout = linear.weight, linear.bias, method, dropout
         self.dtype: torch.dtype = linear.weight.dtype  # of what is trained; the frozen weight may get another
+        self.off = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.off:
+            return F.linear(x, self.weight, self.bias)
         x_KNI = x.reshape(len(self.dropout.scale_K), -1, x.shape[-1])
         dropped = self.dropout(x)
         dropped_KNI = x_KNI if dropped is x else dropped.reshape(x_KNI.shape)
@@ -63,8 +66,11 @@ class CopiedLinear(nn.Module):
     def __init__(self, linear: nn.Linear, method: CopyMethod, dropout: Dropout):
         super().__init__()
         self.weight, self.bias, self.method, self.dropout = linear.weight, linear.bias, method, dropout
+        self.off = False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.off:
+            return F.linear(x, self.weight, self.bias)
         dropped_KNI = self.dropout(x).reshape(len(self.dropout.scale_K), -1, x.shape[-1])
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.dtype == torch.bfloat16):
             y_KNO = linear(dropped_KNI, own(self, "weight"), own(self, "bias"))
@@ -77,9 +83,11 @@ class CopiedNorm(nn.Module):
     def __init__(self, norm: nn.LayerNorm, method: CopyMethod, dropout: Dropout):
         super().__init__()
         self.weight, self.bias, self.method, self.eps = norm.weight, norm.bias, method, norm.eps
-        self.trials = len(dropout.scale_K)
+        self.trials, self.off = len(dropout.scale_K), False
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.off:
+            return F.layer_norm(x, x.shape[-1:], self.weight, self.bias, self.eps)
         x_KNH = x.reshape(self.trials, -1, x.shape[-1])
         return norm(x_KNH, own(self, "weight"), own(self, "bias"), self.eps).to(x.dtype).view(x.shape)
 
@@ -90,8 +98,11 @@ class CopiedEmbedding(nn.Module):
     def __init__(self, embedding: nn.Embedding, method: CopyMethod, dropout: Dropout):
         super().__init__()
         self.weight, self.method, self.padding_idx = embedding.weight, method, embedding.padding_idx
+        self.off = False
 
     def forward(self, ids: Tensor) -> Tensor:
+        if self.off:
+            return F.embedding(ids, self.weight)
         table_KVH = own(self, "weight")
         ids_KN = ids.reshape(len(table_KVH), -1)
         first_K1 = torch.arange(len(table_KVH), device=ids.device)[:, None] * table_KVH.shape[1]
@@ -518,6 +529,49 @@ class Fleet(nn.Module):
             change = None if frozen is None else module.method.change(name, frozen.to(self.dtype))
             if change is not None:
                 yield name, change
+
+    @torch.no_grad()
+    def output_changes(self, batches: Iterable[Batch]) -> dict[str, Tensor]:
+        """‖h′ − h‖ / ‖h‖ of each trial (K,), over all tokens, by layer of the encoder, and turn where it has several.
+
+        h are the hidden states that the frozen encoder gives behind the layer, h′ those with what was trained. The
+        batches are padded.
+        """
+        sums: dict[str, Tensor] = {}
+        for batch in batches:
+            real_KN1 = batch.inputs["attention_mask"].view(len(self.trials), -1, 1)
+            behind: list[dict[str, Tensor]] = []
+            for off in (True, False):
+                for _, module in self.adapted():
+                    module.off = off
+                behind.append(self._behind_layers(batch))
+            for name, h in behind[0].items():
+                kept = [x.view(len(self.trials), -1, x.shape[-1]).to(self.dtype) for x in (h, behind[1][name])]
+                parts = [(x * real_KN1).square().sum((1, 2)) for x in (kept[1] - kept[0], kept[0])]
+                sums[name] = sums.get(name, 0) + torch.stack(parts)
+        return {name: (sum_2K[0] / sum_2K[1]).sqrt() for name, sum_2K in sums.items()}
+
+    def _behind_layers(self, batch: Batch) -> dict[str, Tensor]:
+        """The hidden states (K·B, T, H) that each layer gives, by its name and turn."""
+        found: dict[str, list[Tensor]] = {name: [] for name, _ in self.encoder.find_layers(self.base)}
+
+        def keep(name: str, output: Any) -> None:
+            found[name].append(output[0] if isinstance(output, tuple) else output)
+
+        hooks = [
+            layer.register_forward_hook(lambda _, __, output, name=name: keep(name, output))
+            for name, layer in self.encoder.find_layers(self.base)
+        ]
+        try:
+            self(**batch.inputs)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return {
+            name if len(turns) == 1 else f"{name}.{turn}": h
+            for name, turns in found.items()
+            for turn, h in enumerate(turns)
+        }
 
     @torch.no_grad()
     def strengths(self) -> dict[str, Tensor]:

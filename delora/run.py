@@ -491,7 +491,7 @@ def _track(tracker: Tracker | None, line: Mapping[str, Any]) -> None:
         tracker.log({"train": {"loss": line["loss"], "lr": line["lr"]}, "epoch": line["epoch"]}, line["step"])
     else:
         values = {"loss": line["loss"], **line["metrics"]}
-        logged = {"validation": values, "distance": line["distance"], "lambda": line["lambda"]}
+        logged = {"validation": values, **{name: line.get(name, {}) for name in ("distance", "lambda", "change")}}
         tracker.log(logged, line["step"])
 
 

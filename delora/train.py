@@ -22,6 +22,7 @@ from delora.optim import FleetAdamW
 from delora.tasks import Task
 
 MISMATCHED = "accuracy_mm"
+COMPARED, AT_ONCE = 32, 8  # validation rows whose hidden states are compared with the frozen encoder's
 VALIDATION = "validation"
 
 
@@ -283,6 +284,16 @@ def predict(fleet: Fleet, tokens: Tokens, index_KS: Tensor, batch_size: int) -> 
     return logits_KSC
 
 
+def output_changes(fleet: Fleet, data: Data) -> dict[str, Tensor]:
+    """`Fleet.output_changes` on the first of each trial's validation rows."""
+    fleet.eval()
+    with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
+        batches = data.validation.in_order(data.validation_KS[:, :COMPARED], AT_ONCE, packed=False)
+        changes = fleet.output_changes(batch for _, batch in batches)
+    fleet.train()
+    return changes
+
+
 def _evaluate(fleet: Fleet, data: Data, state: State, report: Report) -> None:
     """Scores the trials on validation, and keeps those that are better than before."""
     start = time.perf_counter()
@@ -306,12 +317,16 @@ def _evaluate(fleet: Fleet, data: Data, state: State, report: Report) -> None:
 
 
 def _scores(fleet: Fleet, data: Data, alive: list[bool], epoch: int, step: int) -> dict[int, dict[str, Any]]:
-    """Loss, metrics, distances, λ and logits on the validation rows, by trial; trials that diverged are left out."""
+    """Loss, metrics, distances, λ, change of outputs and logits on the validation rows, by trial.
+
+    Trials that diverged are left out.
+    """
     logits_KSC = predict(fleet, data.validation, data.validation_KS, fleet.trials[0].batch_size)
     labels_KS = data.validation.labels_S[data.validation_KS.to(fleet.device)]
     loss_K = example_losses(logits_KSC, labels_KS).mean(1).tolist()
     distances = {name: d.tolist() for name, d in fleet.distances().items()}
     strengths = {name: s.tolist() for name, s in fleet.strengths().items()}
+    changes = {name: c.tolist() for name, c in output_changes(fleet, data).items()}
     return {
         trial: {
             "epoch": epoch,
@@ -320,6 +335,7 @@ def _scores(fleet: Fleet, data: Data, alive: list[bool], epoch: int, step: int) 
             "metrics": _score(data.task, logits_KSC[trial], labels_KS[trial]),
             "distance": {name: d[trial] for name, d in distances.items()},
             "lambda": {name: s[trial] for name, s in strengths.items()},
+            "change": {name: c[trial] for name, c in changes.items()},
             "logits": logits_KSC[trial].cpu(),
         }
         for trial in range(len(alive))

@@ -25,7 +25,7 @@ from delora.config import Trial
 from delora.data.splits import paper_split
 from delora.errors import UserError
 from delora.report import statistics, tables
-from delora.report.trials import NAMES
+from delora.report.trials import title
 from delora.tasks import TASKS
 
 SEEDS, FACTORS, EPOCHS = (42, 43, 44), (0.25, 1.0, 4.0), 5
@@ -171,7 +171,7 @@ def table(path: Path) -> Iterator[str]:
         mean, spread = pairs.mean(0), pairs.std(0, ddof=1)
         cells = [f"{mean[i]:.1f} ± {spread[i]:.2f}" for i in (1, 0)]
         cells.append(tables.interval(statistics.paired(*pairs.T)[0], scale=1, form="+.1f").text)
-        yield f"| {NAMES[method]} | {RATES[method] * factor:g} | {len(seeds)} | {' | '.join(cells)} |"
+        yield f"| {title(method)} | {RATES[method] * factor:g} | {len(seeds)} | {' | '.join(cells)} |"
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ SEEDS = "seed=42,43,44,45,46"
 TASKS = ("mrpc", "rte", "cola", "stsb")
 METHODS = ("method=lora,dora,ether,etherplus", "method=delora method.init=residual,zero")
 MRPC, PROLONGED = "experiment=study/mrpc", "experiment=study/prolonged_mrpc,study/prolonged_cola"
-LAST = ("distance", "lambda")  # by layer, of the last evaluation: columns beside those of the result
+LAST = ("distance", "lambda", "change")  # by layer, of the last evaluation: columns beside those of the result
 # The reports in docs/study: each of the sweep of its name, and of the trials of "robust" with such a config.
 REPORTS: dict[str, dict[str, Any]] = {
     "mrpc": {"task.name": "mrpc"},
@@ -173,8 +173,8 @@ def portable(result: results.Result) -> dict[str, Any]:
 
 
 def history_line(sweep: str, result: Mapping[str, Any], evaluation: Any) -> dict[str, Any]:
-    """Distance and λ are means over the layers."""
-    means = {kind: mean(evaluation[kind].values()) for kind in LAST}
+    """Distance, λ and change are means over the layers."""
+    means = {kind: mean(evaluation.get(kind, {}).values()) for kind in LAST}
     place = {key: evaluation[key] for key in ("epoch", "step", "loss")}
     return {
         "sweep_folder": sweep,
@@ -199,14 +199,14 @@ def digest(result: Mapping[str, Any]) -> str:
 def restore(source: Path) -> Iterator[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
     """Sweep, result and evaluations of each trial in trials.csv and training.csv.
 
-    Distance and λ are by layer in the last evaluation, before it as means.
+    Distance, λ and change are by layer in the last evaluation, before it as means.
 
     Raises:
         UserError: a line of trials.csv was changed: it has another hash than the result that it came from.
     """
     histories = defaultdict(list)
     for line in read_csv(source / "training.csv"):
-        means = {kind: {"mean": line[kind]} if line[kind] is not None else {} for kind in LAST}
+        means = {kind: {"mean": line[kind]} if line.get(kind) is not None else {} for kind in LAST}
         histories[line.pop("sweep_folder"), line.pop("id")].append({**line, **means})
     for number, line in enumerate(read_csv(source / "trials.csv"), start=2):
         sweep, sha256 = line.pop("sweep_folder"), line.pop("sha256")

@@ -135,6 +135,7 @@ def write(
             "metrics": {headline: floor + ((validation or 0.0) - floor) * grown},
             "distance": {name: (i + 1) * distance * grown for i, name in enumerate(LAYERS)},
             "lambda": {name: 4 + grown for name in LAYERS} if method == "delora" else {},
+            "change": {f"layer.{i}": (i + 1) * distance * grown / 10 for i in range(2)},
         }
         lines.append(line)
     folder.mkdir(parents=True)

@@ -344,6 +344,40 @@ def test_a_step_changes_what_is_saved_and_transformers_reads(kind, method, check
         torch.testing.assert_close(alone(theirs, inputs), ours[8:], rtol=1e-10, atol=1e-11)
 
 
+def behind_layers(model: transformers.PreTrainedModel, inputs: dict[str, torch.Tensor]) -> list[torch.Tensor]:
+    """What transformers' own layers give, turn after turn, for each example alone."""
+    found, layers = [], [m for _, m in encoders.of(model.config.to_dict()).find_layers(model)]
+    for layer in layers:
+        layer.register_forward_hook(lambda _, __, h: found.append(h[0] if isinstance(h, tuple) else h))
+    alone(model, inputs)
+    turns = len(found) // len(inputs["input_ids"])
+    return [torch.cat(found[turn::turns], 1) for turn in range(turns)]
+
+
+@torch.no_grad()
+@each_kind
+def test_how_much_outputs_change_is_what_merged_layers_give(kind, checkpoints):
+    fleet, loaded = fleet_of(trials_of(checkpoints(kind), [1, 2], "method=lora", "method.targets=[value,ffn_in]"))
+    tokens = tokens_of(fleet.eval(), loaded)["validation"]
+    every_KS = torch.arange(8).expand(2, -1)
+
+    def changes() -> torch.Tensor:
+        data = train.Data(TASKS["mrpc"], tokens, tokens, every_KS)
+        return torch.stack(list(train.output_changes(fleet, data).values()))
+
+    assert torch.equal(changes(), torch.zeros(2, 2, dtype=torch.float64))
+    for name, parameter in fleet.trained().items():
+        parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * (".B" in name)
+    found, inputs = changes(), padded(tokens)
+    logits = fleet.eval().logits(tokens.gather(every_KS, fleet.packs))
+    frozen = behind_layers(own_model(checkpoints(kind), fleet), inputs)
+    for k in range(2):
+        merged = fleet.eval().merge(k)
+        wanted = [(a - b).norm() / b.norm() for a, b in zip(behind_layers(merged, inputs), frozen, strict=True)]
+        torch.testing.assert_close(found[:, k], torch.stack(wanted), rtol=1e-9, atol=0)
+    assert torch.equal(fleet.logits(tokens.gather(every_KS, fleet.packs)), logits)  # nothing stays off
+
+
 class Scaled(HiddenMethod):
     """Multiplies hidden states, and shifts them."""
 

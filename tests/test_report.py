@@ -448,7 +448,7 @@ def test_curves_show_every_trial_and_the_means(sweep):
     points = [collection for collection in axis.collections if isinstance(collection, PathCollection)]
     assert sum(len(collection.get_offsets()) for collection in points) == 60
     for shown in made[0].curves:
-        line = lines[curves.STYLES[shown.label].color]
+        line = lines[curves.known_styles()[shown.label].color]
         assert line.get_xdata().tolist() == [0.25, 1, 4, 16, 32]
         expected = []
         for factor in ("0.25", "1", "4", "16", "32"):
@@ -486,7 +486,7 @@ def test_distance_of_the_chosen_layers(tmp_path):
     assert names[2:] == ["distance_by_factor-layer.1.x.query", "training-layer.1.x.query"]
 
 
-PICTURES = ("score_by_factor", "score_by_rate", "distance_by_factor", "training")
+PICTURES = ("score_by_factor", "score_by_rate", "distance_by_factor", "change_by_factor", "training")
 
 
 def test_pictures_are_whole(sweep):
@@ -504,9 +504,9 @@ def test_factors_on_the_axis():
 
 
 def test_methods_differ_without_colour():
-    look = curves.styles([*curves.STYLES, *(f"new {i}" for i in range(12))])
+    look = curves.styles([*curves.known_styles(), *(f"new {i}" for i in range(12))])
     assert len({(style.marker, style.dash) for style in look.values()}) == 18
-    assert len({style.marker for label, style in look.items() if label in curves.STYLES}) == 6
+    assert len({style.marker for label, style in look.items() if label in curves.known_styles()}) == 6
 
 
 def test_scores_over_training_are_drawn_at_one_factor(sweep, capsys):
@@ -540,7 +540,7 @@ def test_mistakes_are_explained(tmp_path, sweep, capsys):
         ([str(sweep), "--factor", "0"], "--factor 0: no trial has it"),
         ([str(sweep), "--factor", "nan"], "--factor nan: no trial has it"),
         ([str(sweep), "--factor", "-1"], "--factor -1: no trial has it"),
-        ([str(sweep), "--layer", "qurey"], "no adapted layer is named so. The layers: encoder.layer.0"),
+        ([str(sweep), "--layer", "qurey"], "no layer is named so. The layers: encoder.layer.0"),
         ([str(sweep), "--output", str(tmp_path / "file" / "report")], "file is a file, not a folder"),
     ):
         assert main(arguments) == 2
@@ -635,7 +635,7 @@ def test_help_and_mistakes_need_no_encoding(sweep):
     for arguments, status, said in (
         (["--help"], 0, "LOW HIGH"),
         ([str(sweep / "\x1b[2J‖")], 2, r"\x1b[2J\u2016: no such folder"),
-        ([str(sweep), "--layer", "λ"], 2, r"--layer \u03bb: no adapted layer"),
+        ([str(sweep), "--layer", "λ"], 2, r"--layer \u03bb: no layer is named so"),
     ):
         command = [sys.executable, "-m", "delora.report.cli", *arguments]
         run = subprocess.run(command, env=environment, capture_output=True, text=True)
@@ -730,7 +730,9 @@ def test_page_works_in_a_browser(sweep, tmp_path):
     page = sweep / "report" / "index.html"
     found = browse(page, LOOK, tmp_path)
     assert found["views"] == ["score by factor", "score by rate", "distance by factor", "distance by rate",
-                              "score over training", "distance over training", "λ over training"]  # fmt: skip
+                              "change by factor", "change by rate",
+                              "score over training", "distance over training", "change over training",
+                              "λ over training"]  # fmt: skip
     assert found["curves"]["score by factor"] == {"lines": 4, "trials": 60, "broken": 0}
     lost = sum(trial.diverged for trial in trials.read([sweep]).trials)
     assert lost and found["curves"]["distance by factor"] == {"lines": 4, "trials": 60, "broken": 0}

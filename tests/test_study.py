@@ -18,7 +18,7 @@ from delora import results
 from delora.config import NOT_THE_TRIAL, Trial
 from delora.errors import UserError
 from delora.report import curves, statistics, tables
-from delora.report.curves import STYLES
+from delora.report.curves import known_styles
 from delora.report.statistics import Estimate, Panel, Robustness
 from delora.tasks import TASKS
 
@@ -211,7 +211,7 @@ def test_what_the_page_says_of_best_rates(page, found, compared):
 
 
 def test_what_the_page_says_of_distances(page, found):
-    growth = {label: [distance_growth(panel, label) for panel in found["robust"].values()] for label in STYLES}
+    growth = {label: [distance_growth(panel, label) for panel in found["robust"].values()] for label in known_styles()}
     ends = [f"{min(g):.0f} to {max(g):.0f}-fold" for g in (growth["LoRA"], growth["DoRA"])]
     delora = growth["DeLoRA"] + growth["DeLoRA (zero)"]
     ends.append(f"{min(delora):.1f} to {max(delora):.1f}-fold")
@@ -310,7 +310,7 @@ def test_what_the_page_says_of_time(page, found):
     panel = found["robust"]["stsb"]
     left = {
         (label, trial.factor, trial.seed): next((e for e, p in enumerate(trial.history) if p.score >= 0.5), None)
-        for label in STYLES for trial in of(panel, label).trials.values()
+        for label in known_styles() for trial in of(panel, label).trials.values()
     }  # fmt: skip
     stuck = {
         key[1:] for key, epoch in left.items() if key[0] in ("LoRA", "DoRA") and key[1] in (1, 2) and epoch is None
@@ -325,7 +325,7 @@ def test_what_the_page_says_of_time(page, found):
     assert {epoch for (label, *_), epoch in left.items() if label in NORMALISED} <= {1, 2}
     moves, rising = defaultdict(dict), set()
     for task, of_task in found["robust"].items():
-        for label in STYLES:
+        for label in known_styles():
             curve = of(of_task, label)
             score_ES = np.array([[p.score for p in trial.history[-4:]] for trial in curve.trials_at(curve.best)]).T
             mean_E = 100 * score_ES.mean(1)
@@ -348,7 +348,7 @@ def test_what_the_page_says_of_time(page, found):
 
 
 def test_what_the_page_says_of_float32(page, compared):
-    for label in STYLES:
+    for label in known_styles():
         names = [
             f"{label[:-1]}, precision {p})" if label.endswith(")") else f"{label} (precision {p})"
             for p in ("bfloat16", "float32")

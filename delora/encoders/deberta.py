@@ -60,8 +60,8 @@ def distance_embeddings(self: Any) -> Any:
     if not self.relative_attention:
         return None
     table = self.rel_embeddings
-    copies = getattr(table, "method", None)
-    rows = table.weight if copies is None else copies.weight.to(table.weight.dtype)
+    copies = None if getattr(table, "off", True) else table.method.weight
+    rows = table.weight if copies is None else copies.to(table.weight.dtype)
     rows = rows.expand(len(self.layer[0].attention.self.dropout.keys.key_KN), -1, -1)
     return self.LayerNorm(rows) if "layer_norm" in self.norm_rel_ebd else rows
 

@@ -1,5 +1,6 @@
 """Pictures of the curves, as PNG, SVG and PDF. Matplotlib is imported only when something is drawn."""
 
+import functools
 import io
 import itertools
 import math
@@ -16,7 +17,7 @@ from delora import results
 from delora.report import statistics
 from delora.report.statistics import Curve, Panel
 from delora.report.tables import number, task_name
-from delora.report.trials import label_order
+from delora.report.trials import label_order, looks
 from delora.tasks import TASKS
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 FORMATS = ("png", "svg", "pdf")
 LINES = "Lines: mean over seeds, with its 95 % bootstrap interval."
 METRICS = {"accuracy": "accuracy", "matthews": "Matthews corr.", "pearson_spearman": "Pearson/Spearman"}
+SYMBOLS = {"distance": "‖W′ − W‖", "change": "‖h′ − h‖ / ‖h‖", "strength": "λ"}
 X_LABELS = {
     "factor": "learning rate, times each method's base rate",
     "rate": "learning rate",
@@ -75,14 +77,6 @@ class Style:
         }
 
 
-STYLES = {
-    "LoRA": Style("#0072B2", "o"),
-    "DoRA": Style("#56B4E9", "s", (5, 1.5)),
-    "DeLoRA": Style("#D55E00", "D"),
-    "DeLoRA (zero)": Style("#E69F00", "^", (4, 1.2, 1, 1.2)),
-    "ETHER": Style("#CC79A7", "v", (1.2, 1.2)),
-    "ETHER+": Style("#009E73", "P", (7, 1.5)),
-}
 OTHERS = [
     Style(color, marker, dash)
     for dash, (color, marker) in itertools.product(
@@ -90,6 +84,18 @@ OTHERS = [
         zip(["#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#777777"], "<>*hpdo", strict=True),
     )
 ]
+
+
+@functools.cache
+def known_styles() -> dict[str, Style]:
+    """The styles of conf/method by label: a colour, a marker, and the lengths of a dash on and off."""
+    found = {}
+    for look in looks().values():
+        for variant, text in look.styles.items():
+            color, marker, *dash = text.split()
+            label = f"{look.title} ({variant})" if variant else look.title
+            found[label] = Style(color, marker, tuple(map(float, dash)))
+    return found
 
 
 def reference_styles(panels: Iterable[Panel]) -> dict[str, tuple[float, ...]]:
@@ -101,24 +107,25 @@ def reference_styles(panels: Iterable[Panel]) -> dict[str, tuple[float, ...]]:
 def styles(labels: Iterable[str]) -> dict[str, Style]:
     """A style for each label, in the order of methods: the usual methods always have the same one."""
     others = itertools.cycle(OTHERS)
-    return {label: STYLES.get(label) or next(others) for label in sorted(set(labels), key=label_order)}
+    return {label: known_styles().get(label) or next(others) for label in sorted(set(labels), key=label_order)}
 
 
-# --- Values: of a quantity, which is "score" (in percent), "distance" or "strength" (λ)
+# --- Values: of a quantity, which is "score" (in percent), "distance", "change" (of hidden states) or "strength" (λ)
 
 
 def at_rates(curve: Curve, quantity: str) -> np.ndarray:
-    """Score, or distance at the end of training, (F, S); NaN where there is none, and for 0, which has no log."""
+    """Score, or distance or change at the end of training, (F, S); NaN where there is none, and for 0, which has no
+    log."""
     if quantity == "score":
         return 100 * curve.score_FS
     values_FS = np.full(curve.score_FS.shape, np.nan)
     for place, trial in curve.trials.items():
-        values_FS[place] = trial.distance or math.nan
+        values_FS[place] = getattr(trial, quantity) or math.nan
     return values_FS
 
 
 def lost(curve: Curve, quantity: str) -> np.ndarray:
-    """Which trials are drawn as lost, (F, S): those without a score, or that diverged before a final distance."""
+    """Which trials are drawn as lost, (F, S): those without a score, or that diverged before the end."""
     return curve.scoreless_FS if quantity == "score" else curve.diverged_FS
 
 
@@ -167,7 +174,7 @@ def draw(
     """Draws every picture that the trials allow into `folder`, each in all formats; returns the files.
 
     Args:
-        layer: the layers whose distance and λ the trials hold, for the labels; None for all.
+        layer: the layers whose distance, λ and change the trials hold, for the labels; None for all.
         factor: the factor of the trials that are drawn over training; None for each method's best.
     """
     import matplotlib
@@ -190,8 +197,9 @@ def _pictures(panels: Sequence[Panel], layer: str | None, factor: float | None) 
     if any(len(curve.factors_F) > 1 for panel in panels for curve in panel.curves):
         yield "score_by_factor", _by_rate(panels, "factor", "score")
         yield "score_by_rate", _by_rate(panels, "rate", "score")
-        if not all(math.isnan(trial.distance) for panel in panels for trial in panel.trials):
-            yield f"distance_by_factor{of_layer}", _by_rate(panels, "factor", "distance", layer)
+        for quantity in ("distance", "change"):
+            if not all(math.isnan(getattr(trial, quantity)) for panel in panels for trial in panel.trials):
+                yield f"{quantity}_by_factor{of_layer}", _by_rate(panels, "factor", quantity, layer)
     if any(len(trial.history) > 1 for panel in panels for trial in panel.trials):
         yield f"training{of_layer}", _over_training(panels, layer, factor)
 
@@ -207,11 +215,11 @@ def y_label(panel: Panel, quantity: str, x: str, layer: str | None) -> str:
     if quantity == "score":
         split = "validation" if x == "step" else panel.split
         return f"{split} {METRICS[TASKS[panel.task].headline]} (%)"
-    return f"{'λ' if quantity == 'strength' else '‖W′ − W‖'}, {layer or 'mean over layers'}"
+    return f"{SYMBOLS[quantity]}, {layer or 'mean over layers'}"
 
 
 def _by_rate(panels: Sequence[Panel], x: str, quantity: str, layer: str | None = None) -> "Figure":
-    """Score or distance against the rate or its factor, a panel for each task."""
+    """Score, distance or change against the rate or its factor, a panel for each task."""
     figure, axes, look = _figure(panels)
     references = reference_styles(panels) if quantity == "score" else {}
     for axis, panel in zip(axes, panels, strict=True):
@@ -235,20 +243,31 @@ def _by_rate(panels: Sequence[Panel], x: str, quantity: str, layer: str | None =
         else:
             _log_distance_axis(axis)
     crosses = "×: diverged or no defined score, counted as guessing."
-    if quantity == "distance":
-        crosses = "× at the top: diverged, without a distance. At the end of training."
+    if quantity != "score":
+        crosses = f"× at the top: diverged, without a {quantity}. At the end of training."
+    if quantity == "change":
+        crosses += " h: hidden states behind the encoder's layers, on validation rows; h′: after training."
+    elif quantity == "distance" and (without := _without_distance(panels)):
+        crosses += f" Without W′: {', '.join(without)}."
     return _finish(figure, look, references, X_LABELS[x], f"{LINES} Points: single trials. {crosses}")
 
 
+def _without_distance(panels: Sequence[Panel]) -> list[str]:
+    """The methods whose trials have ended, and have no ΔW."""
+    ended = [(c.label, t.distance) for p in panels for c in p.curves for t in c.trials.values() if not t.diverged]
+    measured = {label for label, distance in ended if not math.isnan(distance)}
+    return sorted({label for label, _ in ended} - measured, key=label_order)
+
+
 def _over_training(panels: Sequence[Panel], layer: str | None, factor: float | None) -> "Figure":
-    """Score, distance and λ against the training step, a column for each panel."""
+    """Score, distance, change and λ against the training step, a column for each panel."""
     drawn = {
         (quantity, p): [
             (curve, at, *over_training(curve, at, quantity, panel.floor))
             for curve in panel.curves
             if (at := shown_factor(curve, factor)) is not None
         ]
-        for quantity in ("score", "distance", "strength")
+        for quantity in ("score", "distance", "change", "strength")
         for p, panel in enumerate(panels)
     }
     measured = {quantity for (quantity, _), shown in drawn.items() for *_, v_ES in shown if not np.isnan(v_ES).all()}

@@ -86,8 +86,8 @@ def _title(panels: Sequence[Panel]) -> str:
 def _views(panels: Sequence[Panel], index: dict[int, int], layer: str | None, factor: float | None) -> list[dict]:
     """The views that have something to show; `index` numbers the trials by their identity."""
     made = []
-    places = [("score", "factor"), ("score", "rate"), ("distance", "factor"), ("distance", "rate")]
-    for quantity, x in [*places, ("score", "step"), ("distance", "step"), ("strength", "step")]:
+    places = [(quantity, x) for quantity in ("score", "distance", "change") for x in ("factor", "rate")]
+    for quantity, x in [*places, *((quantity, "step") for quantity in ("score", "distance", "change", "strength"))]:
         charts: list[dict] = [
             {
                 "title": title,
@@ -108,7 +108,7 @@ def _views(panels: Sequence[Panel], index: dict[int, int], layer: str | None, fa
             "name": f"{quantity.replace('strength', 'λ')} {'over training' if x == 'step' else f'by {x}'}",
             "x": curves.X_LABELS[x],
             "logX": x != "step",
-            "logY": quantity == "distance" and x != "step",
+            "logY": quantity != "score" and x != "step",
             "charts": charts,
         }
         if any(series["line"] for chart in charts for series in chart["series"]):
@@ -189,7 +189,7 @@ def _td(cell: Cell, right: bool) -> str:
 
 def _trials(trials: Iterable[Trial]) -> Table:
     columns = ["task", "encoder", "method", "factor", "lr", "seed", "status", "score", "validation", "epoch",
-               "‖W′ − W‖", "seconds"]  # fmt: skip
+               curves.SYMBOLS["distance"], curves.SYMBOLS["change"], "seconds"]  # fmt: skip
     rows = []
     for trial in trials:
         best = trial.result["best"]
@@ -206,6 +206,7 @@ def _trials(trials: Iterable[Trial]) -> Table:
                 _value(100 * trial.validation, ".2f"),
                 _value(best["epoch"] if best else math.nan, "d" if best else ""),
                 _value(trial.distance, ".3g"),
+                _value(trial.change, ".3g"),
                 _value(trial.result["seconds"]["total"], ".0f"),
             ]
         )

@@ -35,7 +35,7 @@ def make(sweep: Path, pictures: Path) -> dict[str, Any]:
 def _charts(panels: Sequence[Panel]) -> Iterator[dict[str, Any]]:
     """Means over the seeds by factor: a chart for each panel and quantity, a line for each method and reference."""
     for title, panel in zip(curves.panel_titles(panels), panels, strict=True):
-        for quantity in ("score", "distance"):
+        for quantity in ("score", "distance", "change"):
             lines = {}
             for curve in panel.curves:
                 mean_F = statistics.band(curves.at_rates(curve, quantity))[0]

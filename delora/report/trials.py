@@ -1,5 +1,6 @@
 """Trials as reports see them: what `delora.results` finds, each with its place, label and learning rate."""
 
+import functools
 import itertools
 import math
 from collections import defaultdict
@@ -8,31 +9,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from delora import results
+from delora.cli import conf_folder
 from delora.config import NOT_THE_TRIAL, look_up, show
 from delora.encoders import matches
 from delora.errors import UserError
 from delora.tasks import TASKS
 from delora.terminal import printable
 
-NAMES = {
-    "lora": "LoRA",
-    "dora": "DoRA",
-    "delora": "DeLoRA",
-    "ether": "ETHER",
-    "etherplus": "ETHER+",
-    "etherbound": "ETHER+ bounded",
-    "rslora": "rsLoRA",
-    "loraplus": "LoRA+",
-    "pissa": "PiSSA",
-    "vera": "VeRA",
-    "miss": "MiSS",
-    "hra": "HRA",
-    "oft": "OFT",
-    "ia3": "IA3",
-    "red": "RED",
-    "head": "head only",
-}
 FACTOR_ON = {"adapter": "factor on BA", "lambda": "factor on λ"}
 # Settings that place a trial in the report, by dotted key or group; all others tell variants of a method apart.
 PLACE = ("task", "model", "protocol", "data.name", "seed", "lr", "lr_factor", "lr_factor_on")
@@ -41,13 +27,48 @@ PRINTED = {"epochs": int, "max_length": int, "precision": str, "method.name": st
 
 
 @dataclass(frozen=True)
+class Look:
+    """How reports show a method: what its file in conf/method says beside its options.
+
+    Attributes:
+        place: of its rows among those of others.
+        styles: how it and its variants are drawn, "" is the method itself; see `delora.report.curves.known_styles`.
+    """
+
+    title: str
+    place: int
+    styles: Mapping[str, str]
+
+
+@functools.cache
+def looks() -> dict[str, Look]:
+    """How the methods of conf/method are shown, by their names."""
+    found = {}
+    for path in sorted((conf_folder() / "method").glob("*.yaml")):
+        method = yaml.safe_load(path.read_bytes())
+        found[method["name"]] = Look(method["title"], method["place"], method.get("styles", {}))
+    return found
+
+
+def title(method: str) -> str:
+    """What a method is called, by its name."""
+    return looks()[method].title if method in looks() else method
+
+
+@dataclass(frozen=True)
 class Point:
-    """One evaluation. Distance ‖W′ − W‖_F and λ are means over the chosen layers; NaN is what was not measured."""
+    """One evaluation. NaN is what was not measured.
+
+    Attributes:
+        distance, strength: ‖W′ − W‖_F and λ, means over the chosen layers.
+        change: ‖h′ − h‖ / ‖h‖ of hidden states on the validation rows, the mean over the encoder's chosen layers.
+    """
 
     step: int
     score: float
     distance: float
     strength: float
+    change: float
 
 
 @dataclass
@@ -105,6 +126,11 @@ class Trial:
         """At the end of training; NaN for a trial that diverged."""
         return math.nan if self.diverged else self.history[-1].distance
 
+    @property
+    def change(self) -> float:
+        """Of hidden states at the end of training; NaN for a trial that diverged."""
+        return math.nan if self.diverged else self.history[-1].change
+
 
 @dataclass
 class Collection:
@@ -118,7 +144,7 @@ def read(folders: Sequence[Path], layer: str | None = None) -> Collection:
     """Reads the trials below folders.
 
     Args:
-        layer: the end of the names of the layers whose distance and λ are taken; None for all layers.
+        layer: the end of the names of the layers whose distance, λ and change are taken; None for all layers.
 
     Raises:
         UserError: a folder does not exist, none holds a trial, or no layer is named so.
@@ -138,7 +164,8 @@ def read(folders: Sequence[Path], layer: str | None = None) -> Collection:
                 raise ValueError("failed")
             evaluations = list(trial.evaluations())
             made.trials.append(_trial(trial, evaluations, layer))
-            names |= evaluations[-1]["distance"].keys() if evaluations else set()
+            last = evaluations[-1:]
+            names |= {name for line in last for name in (*line["distance"], *line.get("change", ()))}
         except results.ResultsError as error:
             made.left_out.append((trial.folder, str(error)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
@@ -148,7 +175,7 @@ def read(folders: Sequence[Path], layer: str | None = None) -> Collection:
         reasons = [f"\n  {path}: {reason}" for path, reason in made.left_out[:10]]
         raise UserError(f"no finished trial in {', '.join(map(str, folders))}{''.join(reasons)}")
     if layer and not any(matches(layer, name) for name in names):
-        raise UserError(f"--layer {layer}: no adapted layer is named so. The layers: {', '.join(sorted(names))}")
+        raise UserError(f"--layer {layer}: no layer is named so. The layers: {', '.join(sorted(names))}")
     _tell_apart(made.trials, "weights", "model")
     for task in {trial.task for trial in made.trials}:
         _tell_apart([trial for trial in made.trials if trial.task == task], "data", "data")
@@ -186,6 +213,7 @@ def _trial(stored: results.StoredTrial, evaluations: Sequence[results.Evaluation
                 _number(evaluation["metrics"].get(headline)),
                 _over_layers(evaluation["distance"], layer),
                 _over_layers(evaluation["lambda"], layer),
+                _over_layers(evaluation.get("change", {}), layer),
             )
             for evaluation in evaluations
         ],
@@ -288,7 +316,7 @@ def _label(config: Mapping[str, Any], factor_on: str) -> str:
         variant.append("fixed magnitude")
     if factor_on in FACTOR_ON:
         variant.append(FACTOR_ON[factor_on])
-    return _with(NAMES.get(method["name"], method["name"]), variant)
+    return _with(title(method["name"]), variant)
 
 
 def _with(label: str, variant: Iterable[str]) -> str:
@@ -298,10 +326,10 @@ def _with(label: str, variant: Iterable[str]) -> str:
     return f"{label[:-1]}, {text})" if label.endswith(")") else f"{label} ({text})"
 
 
-def label_order(label: str) -> tuple[int, str]:
-    """Sorts LoRA, DoRA, DeLoRA, ETHER, ETHER+, each followed by its variants, then the rest by name."""
-    names, base = list(NAMES.values()), label.split(" (")[0]
-    return (names.index(base) if base in names else len(names), label)
+def label_order(label: str) -> tuple[float, str]:
+    """Sorts the methods as conf/method places them, each followed by its variants, then the rest by name."""
+    places = {look.title: look.place for look in looks().values()}
+    return (places.get(label.split(" (")[0], math.inf), label)
 
 
 def _name(trials: Iterable[Trial]) -> None:

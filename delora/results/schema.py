@@ -133,9 +133,14 @@ Evaluation = TypedDict(
         "metrics": Scores,
         "distance": dict[str, float | None],
         "lambda": dict[str, float | None],
+        "change": NotRequired[dict[str, float | None]],
     },
 )
-Evaluation.__doc__ = """Scores on validation, ‖W′ − W‖_F and λ by layer; epoch 0 is before training."""
+Evaluation.__doc__ = """Scores on validation, ‖W′ − W‖_F and λ by adapted layer; epoch 0 is before training.
+
+`change` is ‖h′ − h‖ / ‖h‖ by layer of the encoder, for its hidden states h′ and the frozen encoder's h on some of the
+validation rows; absent in old results.
+"""
 
 
 @functools.cache
