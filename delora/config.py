@@ -28,7 +28,7 @@ from delora.tasks import TASKS
 
 # Keys that say where and how to run, not what; two configs that differ in these alone are the same trial.
 NOT_THE_TRIAL = (
-    *("name", "sweep", "output_dir", "logger", "device", "compile", "log_every", "data.dir"),
+    *("name", "sweep", "output_dir", "logger", "device", "compile", "log_every", "data.dir", "method.start"),
     *("fleet", "on_error", "resume", "plan"),
 )
 # Keys that are there for `Trial.rate` and `Trial.lambda_rate`, or for values that follow from them.
@@ -133,6 +133,7 @@ Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
 Share = Annotated[Number, Field(ge=0, lt=1)]
 Text = Annotated[str, Field(min_length=1)]
+SHA256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
 PathText = Annotated[Text, AfterValidator(_path)]
 FolderName = Annotated[str, AfterValidator(_folder_name)]
 Given = Annotated[T | None, BeforeValidator(_given)]  # None alone where the key is not there
@@ -152,6 +153,10 @@ class MethodConfig(Section):
     """A method with its options. The options named here are checked; a method may have others.
 
     How reports show the method is no part of a trial, and left out.
+
+    Attributes:
+        start: the folder of a finished trial whose adapter, and where labels agree head, this one begins with.
+        start_sha256: of the adapter there.
     """
 
     model_config = ConfigDict(extra="allow", protected_namespaces=())
@@ -163,6 +168,8 @@ class MethodConfig(Section):
     betas: Annotated[tuple[Share, Share], Field(strict=False)]
     targets: Annotated[tuple[Text, ...], Field(strict=False, min_length=1)]
     dropout: Share
+    start: PathText | None = None
+    start_sha256: SHA256 | None = None
 
     rank: Given[Width] = None
     alpha: Given[Positive] = None
@@ -185,11 +192,13 @@ class MethodConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _without_looks(cls, values: Any) -> Any:
-        return {k: v for k, v in values.items() if k not in LOOKS} if isinstance(values, Mapping) else values
+        if not isinstance(values, Mapping):
+            return values
+        return {k: v for k, v in values.items() if k not in LOOKS and not (k == "start" and v is None)}
 
     def options(self) -> dict[str, Any]:
         """The method's own options: what its class is built with."""
-        common = {"target", "name", "base_lr", "weight_decay", "betas", "targets", "dropout"}
+        common = {"target", "name", "base_lr", "weight_decay", "betas", "targets", "dropout", "start", "start_sha256"}
         return self.model_dump(exclude=common, exclude_unset=True)
 
 
@@ -210,7 +219,7 @@ class ModelConfig(Section):
     revision: Text | None = None
     package: Text | Annotated[tuple[Text, ...], Field(strict=False, min_length=1)] | None = None
     random: bool | None = None
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")] | None = None
+    sha256: SHA256 | None = None
     shape: Shape | None = None
 
     @model_validator(mode="before")

@@ -1,26 +1,36 @@
 """What a command lacks on this machine, told within seconds: nothing here imports torch."""
 
+import hashlib
 import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from delora import checkpoint, data, packaged, results
-from delora.config import NOT_THE_TRIAL, ConfigError, Fault, ModelConfig, Trial
+from delora.config import NOT_THE_TRIAL, PER_TRIAL, ConfigError, Fault, ModelConfig, Trial
 from delora.data.hub import hub_is_reachable, why_unreachable
 from delora.errors import UserError
 from delora.tasks import TASKS
 
 
 def identified(trials: Iterable[Trial]) -> list[Trial]:
-    """The trials with the hash of their encoder's weights where these lie in a folder: other weights, other trials.
+    """The trials with the hashes of their encoder's weights where these lie in a folder, and of the adapter that they
+    begin with: others of these, other trials.
 
     Raises:
-        UserError: the weights are damaged.
+        UserError: the weights are damaged, or there is no adapter to begin with that fits.
     """
     trials = list(trials)
     models = {model: _identified(model) for model in {trial.model for trial in trials}}
-    return [trial.model_copy(update={"model": models[trial.model]}) for trial in trials]
+    starts = {trial.method.start: start_of(trial) for trial in trials if trial.method.start}
+    found = []
+    for trial in trials:
+        changes: dict[str, object] = {"model": models[trial.model]}
+        if trial.method.start:
+            sha256 = start_sha256(starts[trial.method.start])
+            changes["method"] = trial.method.model_copy(update={"start_sha256": sha256})
+        found.append(trial.model_copy(update=changes))
+    return found
 
 
 def _identified(model: ModelConfig) -> ModelConfig:
@@ -28,6 +38,44 @@ def _identified(model: ModelConfig) -> ModelConfig:
     if model.sha256 or not model.source or not folder.is_dir() or checkpoint.lacking(folder):
         return model
     return model.model_copy(update={"sha256": checkpoint.sha256(folder)})
+
+
+def start_of(trial: Trial) -> results.StoredTrial:
+    """The finished trial whose adapter, and where labels agree head, a trial's method begins with.
+
+    Raises:
+        UserError: it has not ended, it is damaged, or its adapter does not fit.
+    """
+    key = f"method.start={trial.method.start}"
+    try:
+        stored = results.read(Path(str(trial.method.start)).expanduser())
+        theirs = Trial.from_config(stored.result["config"])
+    except UserError as error:
+        raise UserError(f"{key}: holds no finished trial: {error}") from error
+    if stored.result["status"] != "done":
+        raise UserError(f"{key}: that trial is {stored.result['status']}, its adapter is no start")
+    if trial.method.start_sha256 not in (None, start_sha256(stored)):
+        raise UserError(f"{key}: its adapter is not the one that this trial began with (method.start_sha256)")
+
+    def fixed(one: Trial) -> dict[str, object]:
+        options = {f"method.{name}": value for name, value in one.method.options().items()}
+        shape = {name: value for name, value in options.items() if name not in PER_TRIAL}
+        return {"method._target_": one.method.target, "method.targets": one.method.targets, **shape}
+
+    lines = results.differences(fixed(theirs), fixed(trial))
+    mine, made_with = trial.model, stored.result["made_by"]["weights"]["sha256"]
+    if mine.random or theirs.model.random:
+        lines += results.differences({"model": theirs.model.model_dump()}, {"model": mine.model_dump()})
+    elif mine.sha256 and made_with != mine.sha256:
+        lines.append(f"  the encoder's weights: sha256 {made_with} → {mine.sha256}")
+    if lines:
+        raise UserError("\n".join([f"{key}: its adapter does not fit, it was trained with", *lines]))
+    return stored
+
+
+def start_sha256(stored: results.StoredTrial) -> str:
+    """The hash of the adapter of a finished trial. Raises ResultsError where it is damaged."""
+    return hashlib.sha256(stored.content(results.ADAPTER)).hexdigest()
 
 
 def require_all(trials: Sequence[Trial]) -> None:

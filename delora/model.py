@@ -602,6 +602,21 @@ class Fleet(nn.Module):
         for name, tensor in state.items():
             own[name][trial] = tensor
 
+    @torch.no_grad()
+    def begin_with(self, state: Mapping[str, Tensor], head: bool) -> None:
+        """Has all trials begin with the adapter of a state as `trial_state` gives it, and with its head where that is
+        asked for.
+
+        Raises:
+            UserError: the names or shapes are not those of this fleet.
+        """
+        own = self._trial_tensors()
+        of_head = {name for name in own if name.rpartition(".")[0] in self.head_names}
+        state = {n: t for n, t in state.items() if n.rpartition(".")[0] not in self.head_names or head}
+        for trial in range(len(self.trials)):
+            rest = {} if head else {name: own[name][trial] for name in of_head}
+            self.load_trial_state(trial, {**rest, **state})
+
     def merge(self, trial: int = 0) -> transformers.PreTrainedModel:
         """A plain transformers model with one trial's adapters merged into the weights, for `save_pretrained`.
 

@@ -31,7 +31,7 @@ from delora.data.batches import Tokens
 from delora.data.splits import paper_split
 from delora.errors import UserError
 from delora.methods.base import Method
-from delora.missing import missing_encoder
+from delora.missing import missing_encoder, start_of, start_sha256
 from delora.model import DTYPES, Fleet, check_unknown
 from delora.results import Extent, Result, ResultsError, TrialFolder
 from delora.tasks import TASKS, Task
@@ -75,6 +75,7 @@ def run_fleet(
     dataset, tensors = prepare(config)
     encoder = pretrained.load(config.model, task)
     fleet = Fleet(encoder.model, trials, device, encoder.lacking)
+    start = begin(fleet, encoder) if config.method.start else None
     compiled = choose_speed(fleet, config.compile)
     made_by = results.provenance(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
@@ -88,8 +89,10 @@ def run_fleet(
         },
         data={"source": dataset.source, "sha256": dataset.sha256, "published": dataset.published},
         weights={"source": encoder.source, "sha256": encoder.sha256, "revision": encoder.revision},
+        start=start,
     )
     origin = {"data": dataset.sha256, "weights": encoder.sha256, "precision": config.precision}
+    origin |= {"start": start["sha256"]} if start else {}
     with Stop() as stop:
         recorder = Recorder(trials, folders, console, tracking)
         checkpoint = StateFile(state, trials, origin, config.fleet.checkpoint_seconds, stop, recorder.sync)
@@ -107,6 +110,23 @@ def run_fleet(
                     found[k] = result
         checkpoint.delete()
     return found, recorder.errors
+
+
+def begin(fleet: Fleet, encoder: pretrained.Pretrained) -> results.Origin:
+    """Has the trials begin with what `method.start` names; where that is from.
+
+    Raises:
+        UserError: as `delora.missing.start_of`, or it was trained on other weights.
+    """
+    trial = fleet.trials[0]
+    stored = start_of(trial)
+    made_with = stored.result["made_by"]["weights"]["sha256"]
+    if made_with != encoder.sha256:
+        told = f"its adapter was trained on weights with sha256 {made_with}, these have {encoder.sha256}"
+        raise UserError(f"method.start={trial.method.start}: {told}")
+    before = TASKS[stored.result["config"]["task"]["name"]]
+    fleet.begin_with(stored.tensors(results.ADAPTER, "pt"), head=before.labels == TASKS[trial.task.name].labels)
+    return {"source": stored.result["id"], "sha256": start_sha256(stored)}
 
 
 @functools.cache

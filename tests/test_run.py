@@ -20,6 +20,7 @@ from delora.data import load
 from delora.data.batches import Tokens
 from delora.errors import UserError
 from delora.methods.lora import LoRA
+from delora.missing import identified
 from delora.run import Interrupted, Stop, known_packages
 from delora.sweep import run
 from delora.tasks import TASKS
@@ -153,3 +154,53 @@ def test_a_signal_that_is_ignored_at_the_start_stays_ignored():
 def test_results_that_cannot_be_written_end_with_status_1(tmp_path):
     answer = command(*SMALL, *FEW, "output_dir=/proc/nowhere", cwd=tmp_path)
     assert answer.returncode == 1 and "cannot write /proc/nowhere/" in answer.stderr, answer.stderr
+
+
+@pytest.mark.parametrize("method", ["delora", "loreft", "bitfit"])
+def test_training_begins_where_another_trial_ended(tmp_path, method):
+    """With its head where the labels are the same; the result tells which trial that was."""
+    words = [*SMALL, *FEW, f"method={method}", "lr_factor=20", f"output_dir={tmp_path}"]
+    [first] = run([compose_trial(*words, "epochs=1", "name=first", "protocol=standard")])
+    [again, other] = run(
+        identified(
+            [
+                compose_trial(*words, f"method.start={tmp_path}/first", f"task={task}", f"name={task}", "seed=7")
+                for task in ("mrpc", "cola")
+            ]
+        )
+    )
+    stored = results.read(tmp_path / "first")
+    sha256 = stored.result["files"][results.ADAPTER]
+    for result in (again, other):
+        assert result["made_by"]["start"] == {"source": first["id"], "sha256": sha256}
+        assert result["config"]["method"]["start_sha256"] == sha256
+    before = [next(results.read(tmp_path / name).evaluations()) for name in ("mrpc", "cola")]
+    *_, after = stored.evaluations()
+    assert all(evaluation["distance"] == after["distance"] for evaluation in before)
+    # The head is there for the same labels: the untrained trial scores as the first one does on the same rows.
+    alike = compose_trial(*words, f"method.start={tmp_path}/first", "name=alike", "protocol=standard", "lr=1e-30")
+    run(identified([alike]))
+    assert next(results.read(tmp_path / "alike").evaluations())["metrics"] == after["metrics"]
+    heads = [
+        {n: t for n, t in stored_trial.tensors(results.ADAPTER, "pt").items() if n.startswith("classifier")}
+        for stored_trial in (stored, results.read(tmp_path / "alike"), results.read(tmp_path / "cola"))
+    ]
+    assert all((heads[0][n] - heads[1][n]).abs().max() < 1e-6 for n in heads[0])
+    assert all((heads[0][n] - heads[2][n]).abs().max() > 1e-3 for n in heads[0] if n.endswith("weight"))
+
+
+def test_a_start_that_does_not_fit_is_refused_in_words(tmp_path, finished):
+    for words, told in (
+        (["method=lora", "method.rank=4"], "its adapter does not fit, it was trained with\n  method.rank: 8 → 4"),
+        (["method=dora"], "method._target_: delora.methods.lora.LoRA → delora.methods.dora.DoRA"),
+        (["method=lora", "model.shape.layers=3"], "model.shape.layers: 2 → 3"),
+    ):
+        answer = command(*SMALL, *FEW, *words, f"method.start={finished}", "name=y", cwd=tmp_path)
+        assert answer.returncode == 2 and told in answer.stderr and "Traceback" not in answer.stderr
+    answer = command(*SMALL, *FEW, "method=lora", f"method.start={tmp_path}", "name=y", cwd=tmp_path)
+    assert answer.returncode == 2 and f"method.start={tmp_path}: holds no finished trial" in answer.stderr
+    assert not list(tmp_path.iterdir())
+    trial = compose_trial(*SMALL, *FEW, "method=lora", f"method.start={finished}", f"output_dir={tmp_path}")
+    other = trial.model_copy(update={"method": trial.method.model_copy(update={"start_sha256": "0" * 64})})
+    with pytest.raises(UserError, match=r"its adapter is not the one that this trial began with"):
+        run([other])

@@ -16,12 +16,19 @@ PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "safeten
 
 
 def provenance(
-    *, device: str, precision: str, determinism: Mapping[str, Any], data: DataOrigin, weights: Origin
+    *,
+    device: str,
+    precision: str,
+    determinism: Mapping[str, Any],
+    data: DataOrigin,
+    weights: Origin,
+    start: Origin | None = None,
 ) -> MadeBy:
     """What made a result: versions, commit, hardware and inputs; neither user, host nor paths.
 
     Args:
         device: the name of what computes, "cpu" or a GPU's name.
+        start: the trial whose adapter training began with, its id as the source.
         determinism: what decides whether the same run gives the same bits: threads, algorithms, TF32.
     """
     made_by = {
@@ -37,6 +44,7 @@ def provenance(
         "determinism": dict(determinism),
         "data": data,
         "weights": weights,
+        **({"start": start} if start else {}),
     }
     return cast(MadeBy, made_by)
 

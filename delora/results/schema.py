@@ -77,6 +77,7 @@ class MadeBy(TypedDict):
     precision: str
     data: DataOrigin
     weights: Origin
+    start: NotRequired[Origin]
 
 
 class Result(TypedDict):
