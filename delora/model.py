@@ -240,6 +240,7 @@ class Fleet(nn.Module):
         encoder: what is known of the family of `base`.
         packs: whether it takes batches whose examples are packed.
         recorded: whether its steps of training are recorded as CUDA graphs.
+        alone: whether it is of one trial, whose steps can be neither recorded nor compiled.
 
     Raises:
         UserError: no layer matches the targets, an option does not fit a layer, or the model has no head to train.
@@ -273,7 +274,8 @@ class Fleet(nn.Module):
         self.packs = self.encoder.packs
         # Whether of packed rows the last layer lets only first tokens through what follows its attention.
         self.prunes = self.packs and bool(self.encoder.after_attention) and not self.encoder.pools_mean(base.config)
-        self.recorded = self.known and device.type == "cuda"
+        self.alone = find(trials[0].method.target).alone
+        self.recorded = self.known and device.type == "cuda" and not self.alone
         if self.packs:
             self._read_examples()
 
@@ -356,10 +358,12 @@ class Fleet(nn.Module):
     def _adapt(self, seeds: Sequence[int], dtype: torch.dtype, device: torch.device) -> None:
         config = self.trials[0].method
         method, options = find(config.target), method_options(self.trials, dtype, device)
+        if method.alone and len(self.trials) > 1:
+            raise UserError(f"method={config.name} trains one trial at a time, not {len(self.trials)} together")
         places = self._places(method)
         targeted = self._targeted(places)
-        linears = [m.weight for name, m in places.items() if name in targeted and isinstance(m, nn.Linear)]
-        options |= method.share(linears, **options)
+        linears = [m for name, m in places.items() if name in targeted and isinstance(m, nn.Linear)]
+        options |= method.share(linears, Draw(seeds, "method", dtype, device), **options)
         rates = [trial.method.dropout for trial in self.trials]
         for name in filter(targeted.__contains__, places):
             module, draw = places[name], Draw(seeds, name, dtype, device)
@@ -621,7 +625,7 @@ class Fleet(nn.Module):
         """A plain transformers model with one trial's adapters merged into the weights, for `save_pretrained`.
 
         Raises:
-            UserError: the method edits hidden states, or changes the bias of a layer that has none.
+            UserError: the method has no ΔW, or changes the bias of a layer that has none.
         """
         kind = self.trials[trial].method.name
         state = {name: tensor for name, tensor in self.base.state_dict().items() if ".method." not in name}

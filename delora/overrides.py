@@ -31,16 +31,19 @@ OURS = ("fleet", "basic")  # sweepers that run all combinations; others look for
 
 # Quoted text and references, which stay as they are, or text without the signs that hold lists and calls together.
 _PIECES = re.compile(r"""'[^']*'|"[^"]*"|\$\{[^}]*\}|[^'"\[\](){},]+""")
+_OPEN = re.compile(r"method\.config\.")  # how keys begin that conf has not: options of another library's
 _BARE = re.compile(r"[\w/\\+.$%*@?|:=\s-]*", re.ASCII)  # what Hydra's grammar takes without quotes
 
 
 def tidy(words: Iterable[str]) -> list[str]:
     """The words as Hydra takes them: flags first, `+experiment=x` as `experiment=x`, quotes around `~/glue` and `结果`.
 
-    The config has each group and key already, so that nothing has to be added to it. Optuna's sweeper, which looks
-    for the lowest value where it is not told otherwise, is told that scores are best when high.
+    The config has each group and key already, so that nothing has to be added to it, but below `method.config`.
+    Optuna's sweeper, which looks for the lowest value where it is not told otherwise, is told that scores are best when
+    high.
     """
     plain = [_quoted(re.sub(r"^\+{1,2}(?!hydra[./])", "", word)) for word in words]
+    plain = [f"++{word}" if _OPEN.match(word) else word for word in plain]
     if "hydra/sweeper=optuna" in plain and not any(word.startswith("hydra.sweeper.direction=") for word in plain):
         plain.append("hydra.sweeper.direction=maximize")
     return sorted(plain, key=lambda word: "=" in word and not word.startswith("-"))
@@ -237,6 +240,7 @@ class _Command:
             return config
         except Exception as error:  # Hydra's, and whatever a file of the user's makes it stumble over
             told = "its files refer to themselves" if isinstance(error, RecursionError) else str(error) or repr(error)
+            told = told.partition("\n    full_key")[0]  # where OmegaConf was just then
             self.faults += self._unreadable_files() or [": ".join(filter(None, (" ".join(words), told)))]
             return None
 
@@ -255,7 +259,7 @@ class _Command:
     def _check_keys(self, values: Mapping[str, list[Any]], configs: Sequence[DictConfig]) -> None:
         for key in values:
             for config in configs:
-                if key not in _keys(config):
+                if key not in _keys(config) and not (_OPEN.match(key) and key.rpartition(".")[0] in _keys(config)):
                     self.faults.append(Fault(key, MISSING, self._no_such_key(key, config)))
 
     def _no_such_key(self, key: str, config: DictConfig) -> str:
@@ -291,10 +295,10 @@ class _Command:
         known = [set(_keys(config)) for config in configs]
         bases = [config.copy() for config in configs]
         for base, keys in zip(bases, known, strict=True):
-            self._set(base, {key: value for key, value in first.items() if key in keys})
+            self._set(base, {key: value for key, value in first.items() if key in keys or _OPEN.match(key)})
             self.faults += Trial.check(base)[1]
         for key, several in values.items():
-            having = next((base for base, keys in zip(bases, known, strict=True) if key in keys), None)
+            having = next((b for b, keys in zip(bases, known, strict=True) if key in keys or _OPEN.match(key)), None)
             if having is None or not several[1:]:
                 continue
             changed = having.copy()  # for all values, each of which takes the place of the one before
@@ -307,7 +311,7 @@ class _Command:
     def _set(self, config: DictConfig, values: Mapping[str, Any]) -> None:
         for key, value in values.items():
             try:
-                OmegaConf.update(config, key, value)
+                OmegaConf.update(config, key, value, force_add=_OPEN.match(key) is not None)
             except OmegaConfBaseException as error:
                 self.faults.append(Fault(key, value, str(error).splitlines()[0]))
 

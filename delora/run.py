@@ -163,6 +163,8 @@ def choose_speed(fleet: Fleet, wish: bool | str) -> bool:
         known = ", ".join(encoders.families())
         logger.warning("examples are padded, not packed, and nothing is compiled: the encoder is none of %s", known)
         return False
+    if fleet.alone:
+        return False
     if wish == "auto":
         wish = fleet.device.type == "cuda"
         if wish and kernels is None:

@@ -479,11 +479,14 @@ def plan(missing: Sequence[Trial], known: Mapping[Path, Trial]) -> list[Group]:
                 groups.append(Group(tuple(known[folder] for folder in folders)))
                 for folder in folders:
                     left.pop(folder, None)
+    from delora.methods.base import find
+
     companies: dict[str, list[Trial]] = {}
     for trial in left.values():
         companies.setdefault(trial.company, []).append(trial)
     for company in companies.values():
-        largest = company[0].fleet.size or _largest(company[0])
+        alone = find(company[0].method.target).alone
+        largest = 1 if alone else company[0].fleet.size or _largest(company[0])
         count = -(-len(company) // largest)
         borders = [len(company) * i // count for i in range(count + 1)]
         groups += [Group(tuple(company[i:j])) for i, j in pairwise(borders)]

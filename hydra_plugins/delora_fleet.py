@@ -67,7 +67,7 @@ class FleetLauncher(Launcher):
 
     def _is_value(self, override: Override) -> bool:
         """Whether a word sets a value, and does not choose an option of a group."""
-        changed = override.is_add() or override.is_delete() or override.is_hydra_override()
+        changed = override.is_add() or override.is_force_add() or override.is_delete() or override.is_hydra_override()
         return not changed and override.key_or_group not in self.groups
 
 

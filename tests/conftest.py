@@ -16,10 +16,17 @@ from omegaconf import DictConfig, OmegaConf
 
 from delora.cli import conf_folder
 from delora.config import Trial
+from delora.methods.base import find
 
 # Commands under test are interrupted; from a shell in the background they would inherit that SIGINT is ignored.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# The methods of conf/method that train several trials together.
+METHODS = [
+    path.stem
+    for path in sorted((conf_folder() / "method").glob("*.yaml"))
+    if not find(OmegaConf.load(path)["_target_"]).alone
+]
 GROUPS = {path.name for path in conf_folder().iterdir() if path.is_dir()}
 
 

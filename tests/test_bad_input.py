@@ -179,7 +179,7 @@ WRONG = {
     # files of configs
     f"{RUN} --config-dir nosuch": "--config-dir nosuch: no such folder",
     f"{RUN} --config-dir HERE/syntax method=mine": "mine.yaml, line 2: expected ',' or ']', but got ':'",
-    f"{RUN} --config-dir HERE/list method=mine": "method=[a,b]: expected a group of keys",
+    f"{RUN} --config-dir HERE/list method=mine": "Cannot merge DictConfig with ListConfig",
     f"{RUN} --config-dir HERE/latin method=mine": "mine.yaml: 'utf-8' codec can't decode byte",
     f"{RUN} --config-dir HERE/unknown method=mine": "In 'method/mine': Could not load 'method/nosuch'",
     f"{RUN} --config-dir HERE/loop method=mine": "method=mine: its files refer to themselves",

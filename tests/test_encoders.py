@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import compose_trials, conf_folder
+from conftest import METHODS, compose_trials
 from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -27,7 +27,6 @@ from delora.tasks import TASKS
 CPU = torch.device("cpu")
 KINDS = [encoder.types[0] for encoder in encoders.families().values()]
 TINY_DATA = ["data=synthetic", "data.rows.train=40", "data.rows.validation=8", "max_length=48", "device=cpu"]
-METHODS = sorted(path.stem for path in (conf_folder() / "method").glob("*.yaml"))
 SIZES = {"layers": 2, "width": 32, "ffn": 48, "heads": 4, "positions": 130}
 # What makes a small checkpoint of a family have all that the family is known for.
 OWN = {

@@ -135,9 +135,10 @@ def build_more(kind: str, file: dict, options: dict, trials: int):
         case ["pissa"]:
             return PiSSA(W, draw, rank=rank, alpha=alpha)
         case ["vera"]:
-            widest = [W, W.new_zeros(48, 56)] if "note" in options else [W]
+            widest = [W.shape, (48, 56)] if "note" in options else [W.shape]
+            linears = [torch.nn.Linear(inputs, outputs, device="meta") for outputs, inputs in widest]
             start = {"projection_rank": rank, "projection_seed": 0, "d_initial": options["d_initial"]}
-            return VeRA(W, draw, **start, **VeRA.share(widest, **start))
+            return VeRA(W, draw, **start, **VeRA.share(linears, draw, **start))
         case ["miss"]:
             return MiSS(W, draw, rank=rank)
         case ["hra"]:

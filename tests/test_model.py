@@ -5,11 +5,10 @@ import functools
 import pytest
 import torch
 import transformers
-from conftest import compose_trial
+from conftest import METHODS, compose_trial
 from torch import nn
 
 from delora import pretrained
-from delora.cli import conf_folder
 from delora.data import load
 from delora.data.batches import Tokens
 from delora.errors import UserError
@@ -26,7 +25,6 @@ from delora.model import (
 from delora.randomness import Dropout
 from delora.tasks import TASKS
 
-METHODS = sorted(path.stem for path in (conf_folder() / "method").glob("*.yaml"))
 ON_HIDDEN = ("adapter", "adapter_ffn", "loreft")  # methods without ΔW
 NOT_THE_IDENTITY_AT_FIRST = ("ether", *ON_HIDDEN)  # a reflection never is, random bottlenecks are close
 CPU = torch.device("cpu")

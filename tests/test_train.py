@@ -9,7 +9,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
-from conftest import compose_trial, compose_trials, conf_folder
+from conftest import METHODS, compose_trial, compose_trials
 from safetensors.torch import load_file
 
 from delora import pretrained, train
@@ -114,17 +114,17 @@ def train_tiny(configs, listener=None, disturb=lambda fleet: None, device=CPU, m
     return torch.tensor(listener.losses, dtype=torch.float64), outcomes, listener
 
 
-METHODS = {path.stem: [f"method={path.stem}"] for path in sorted((conf_folder() / "method").glob("*.yaml"))}
-METHODS["delora-zero"] = ["method=delora", "method.init=zero"]
-METHODS["dora-fixed"] = ["method=dora", "method.train_magnitude=false"]
-each_method = pytest.mark.parametrize("method", METHODS)
+VARIANTS = {method: [f"method={method}"] for method in METHODS}
+VARIANTS["delora-zero"] = ["method=delora", "method.init=zero"]
+VARIANTS["dora-fixed"] = ["method=dora", "method.train_magnitude=false"]
+each_method = pytest.mark.parametrize("method", VARIANTS)
 
 
 def eight_trials(method, precision, *more):
     """50 steps each; they differ in all that the trials of a fleet may differ in."""
-    common = [*METHODS[method], "model=tiny", f"precision={precision}", "batch_size=8", "epochs=5", "max_length=24"]
+    common = [*VARIANTS[method], "model=tiny", f"precision={precision}", "batch_size=8", "epochs=5", "max_length=24"]
     common += ["accumulation=2", "clip_norm=1", "log_every=1", *more]
-    options, values = compose_trial(*METHODS[method]).method.options(), []
+    options, values = compose_trial(*VARIANTS[method]).method.options(), []
     for k in range(8):
         own = {"seed": 40 + k, "lr_factor": 2.0 ** (k - 4), "method.dropout": 0.1 * (k % 4)}
         own |= {"weight_decay": 0.05 * (k % 3), "warmup_ratio": 0.1 * (k % 2)}
@@ -139,7 +139,7 @@ IN_FLOAT32 = ("delora", "delora-zero", "dora", "dora-fixed", "ether", "etherplus
 
 
 @pytest.mark.parametrize(
-    ("method", "precision"), [*((m, "float64") for m in METHODS), *((m, "float32") for m in IN_FLOAT32)]
+    ("method", "precision"), [*((m, "float64") for m in VARIANTS), *((m, "float32") for m in IN_FLOAT32)]
 )
 def test_a_trial_in_a_fleet_is_the_trial_alone(method, precision):
     configs = eight_trials(method, precision)

@@ -13,7 +13,7 @@ A new method is one file with a subclass of one of these and one file conf/metho
 import importlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -32,14 +32,21 @@ class Method(nn.Module, ABC):
     Attributes:
         given: the names of what a place is given beside its options: the tensors of `share`, and its "role" in the
             encoder (None where it has none).
+        alone: whether it takes one trial at a time, whose steps are neither compiled nor recorded.
     """
 
     given: ClassVar[tuple[str, ...]] = ()
+    alone: ClassVar[bool] = False
 
     @classmethod
-    def share(cls, weights: Collection[Tensor], **options: Any) -> Mapping[str, Any]:
-        """What all places have in common, given the weights (O, I) of the linear layers and the method's options."""
+    def share(cls, linears: Sequence[nn.Linear], draw: Draw, **options: Any) -> Mapping[str, Any]:
+        """What all places have in common, given those that are linear layers, and the method's options."""
         return {}
+
+    @classmethod
+    def check_options(cls, options: Mapping[str, Any]) -> Iterable[Fault]:
+        """What is wrong with options beyond their names and the bounds of `delora.config`."""
+        return ()
 
     def learning_rates(self) -> Mapping[str, Tensor]:
         """Parameters that have a learning rate (K,) of their own, by name; all others use the trial's."""
@@ -197,6 +204,7 @@ def _misfits(method: type[Method], options: Mapping[str, object]) -> Iterator[Fa
     for name, parameter in taken.items():
         if name not in options and parameter.default is parameter.empty:
             yield Fault(f"method.{name}", MISSING, f"is missing; {method.__name__} cannot do without")
+    yield from method.check_options(options)
 
 
 def _may_be_none(parameter: inspect.Parameter) -> bool:

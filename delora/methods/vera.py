@@ -5,7 +5,7 @@ and B's rows as they are wide. They follow from `projection_seed` alone, not fro
 `d_initial`, b at 0. Dropout acts on the input of the branch alone.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -41,14 +41,15 @@ class VeRA(LowRank):
         self.b = nn.Parameter(zeros(draw, (out_features,)))
 
     @classmethod
-    def share(cls, weights: Collection[Tensor], **options: Any) -> Mapping[str, Tensor]:
-        first, rank = next(iter(weights)), options["projection_rank"]
-        widest_out, widest_in = (max(weight.shape[i] for weight in weights) for i in (0, 1))
+    def share(cls, linears: Sequence[nn.Linear], draw: Draw, **options: Any) -> Mapping[str, Tensor]:
+        rank = options["projection_rank"]
+        widest_out = max(linear.out_features for linear in linears)
+        widest_in = max(linear.in_features for linear in linears)
         generator = torch.Generator().manual_seed(options["projection_seed"])
 
         def uniform(shape: tuple[int, int]) -> Tensor:
             bound = (6 / shape[1]) ** 0.5
-            return torch.empty(shape).uniform_(-bound, bound, generator=generator).to(first)
+            return torch.empty(shape).uniform_(-bound, bound, generator=generator).to(draw.device, draw.dtype)
 
         return {"A": uniform((rank, widest_in)), "B": uniform((widest_out, rank))}
 
