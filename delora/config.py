@@ -41,7 +41,7 @@ PER_TRIAL = (
 )
 
 
-LOOKS = ("title", "place", "styles")  # keys of a method's file that delora/report reads
+LOOKS = ("title", "place", "styles", "rung")  # keys of a method's file that delora/report reads
 
 T = TypeVar("T")
 

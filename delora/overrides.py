@@ -141,6 +141,7 @@ class _Command:
         own = [override for override in overrides if not override.is_hydra_override() and self._is_plain(override)]
         choices = {o.key_or_group: self._choose(o) for o in own if o.key_or_group in self._options}
         values = {o.key_or_group: self._values(o) for o in own if o.key_or_group not in self._options}
+        self._check_own_sweeps(choices.get("experiment", []), values)
         composed = [self._compose(choice) for choice in _each_once(choices)]
         configs = [config for config in composed if config is not None]
         self._check_keys(values, configs)
@@ -255,6 +256,25 @@ class _Command:
                 line = f", line {place.line + 1}" if place else ""
                 faults.append(f"{path}{line}: {getattr(error, 'problem', None) or error}")
         return faults
+
+    def _check_own_sweeps(self, experiments: Sequence[str], values: Mapping[str, Any]) -> None:
+        """Hydra reads what an experiment sweeps over by itself only where the experiment is not swept over."""
+        if len(experiments) < 2:
+            return
+        own = {key: value for experiment in experiments for key, value in self._own_sweep(experiment).items()}
+        lacking = [f"{key}={value}" for key, value in own.items() if key not in values]
+        if lacking:
+            names = ",".join(experiments)
+            self.faults.append(f"experiment={names}: their own sweeps need one experiment; add {' '.join(lacking)}")
+
+    def _own_sweep(self, experiment: str) -> Mapping[str, Any]:
+        with suppress(Exception):  # a file that cannot be read is told of elsewhere
+            paths = [folder / "experiment" / f"{experiment}.yaml" for folder in self._folders]
+            loaded = yaml.safe_load(next(path for path in paths if path.exists()).read_text(encoding="utf-8"))
+            inherited = [self._own_sweep(entry) for entry in loaded.get("defaults", ()) if isinstance(entry, str)]
+            own = loaded.get("hydra", {}).get("sweeper", {}).get("params", {})
+            return {key: value for sweep in (*inherited, own) for key, value in sweep.items()}
+        return {}
 
     def _check_keys(self, values: Mapping[str, list[Any]], configs: Sequence[DictConfig]) -> None:
         for key in values:

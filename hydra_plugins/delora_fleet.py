@@ -77,7 +77,10 @@ class FleetSweeper(BasicSweeper):
     def sweep(self, arguments: list[str]) -> Any:
         assert self.hydra_context is not None and self.launcher is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
-        overrides = parser.parse_overrides([*self._parse_config(), *arguments])
+        given = parser.parse_overrides(arguments)
+        keys = {override.key_or_group for override in given}  # take the place of what an experiment sweeps over
+        theirs = parser.parse_overrides(self._parse_config())
+        overrides = [*(override for override in theirs if override.key_or_group not in keys), *given]
         returns, first = [], 0
         for batch in self.split_arguments(overrides, self.max_batch_size):
             returns.append(self.launcher.launch(batch, initial_job_idx=first))

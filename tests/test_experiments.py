@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 from conftest import FEW, OFFLINE, SMALL, command, compose_trial
 
-from delora import results
+from delora import overrides, results
 from delora.cli import conf_folder
+from delora.config import ConfigError
 from delora.report import statistics
 from delora.report.cli import main as report
 
@@ -44,6 +45,61 @@ def test_table4_holds_the_hyperparameters_of_table9(shared):
         assert trial.lambda_rate == (3e-3 if task in ("mnli", "sst2", "qnli", "qqp") else 1e-2)
         assert (trial.task.name, trial.method.name, trial.method.rank) == (task, "delora", 8)
         assert trial.method.targets == ("query", "value") and trial.protocol.name == "paper"
+
+
+def test_the_other_rows_take_epochs_and_batch_size_of_table9():
+    for task in TASKS:
+        ours, theirs = (compose_trial(f"experiment={kind}/{task}") for kind in ("tuned", "table4"))
+        assert (ours.task, ours.epochs, ours.batch_size) == (theirs.task, theirs.epochs, theirs.batch_size)
+
+
+def test_a_row_s_rate_is_chosen_by_the_first_seed_on_validation(tmp_path):
+    words = ["--methods", "red,lora", "--tasks", "rte,mrpc", "--model", "tiny", "data=synthetic", "logger=none"]
+    words += ["data.rows.train=64", "data.rows.validation=80", "seed=42,43", "epochs=2", "batch_size=8"]
+    made = table4(*words, "lr_factor=1,300", "max_length=64", "device=cpu", cwd=tmp_path)
+    assert made.returncode == 0 and "Traceback" not in made.stderr, made.stderr
+    found = results.find(tmp_path / "outputs" / "table4" / "tiny").trials
+    by_seed = {seed: {} for seed in (42, 43)}
+    for trial in found:
+        config, best = trial.result["config"], trial.result["best"]
+        place = (config["task"]["name"], config["method"]["name"])
+        score = best["validation"][trial.result["headline"]]
+        by_seed[config["seed"]].setdefault(place, {})[config["lr_factor"]] = score
+        if place[1] == "red":
+            assert config["lr"] == compose_trial(f"experiment=red/{place[0]}").lr and config["lr_factor"] == 1
+    for (task, method), second in by_seed[43].items():
+        first = by_seed[42][task, method]
+        assert first.keys() == ({1} if method == "red" else {1, 300}) and len(second) == 1
+        assert next(iter(second)) == max(first, key=lambda factor: (first[factor], -factor))
+    rows = {tuple(cell.strip() for cell in line.split("|")[1:3]): line for line in made.stdout.splitlines()}
+    assert "published" in rows["RED", "RTE"] and "rate chosen here, at an end of the grid" in rows["LoRA", "MRPC"]
+    assert (tmp_path / "outputs" / "table4" / "tiny" / "report" / "hyperparameters.md").read_text() in made.stdout
+    planned = table4(*words, "--plan", "name=other", cwd=tmp_path)
+    assert "and with seeds 43 4 trials, at the best rates" not in planned.stdout
+    assert "and with seeds 43 2 trials, at the best rates" in planned.stdout
+
+
+def test_the_ladder_is_one_command_with_a_table_of_its_own(tmp_path):
+    words = [*SMALL, *FEW, "epochs=1", "experiment=ladder", "seed=1,2", "lr_factor=1,4", "name=ladder", "-m"]
+    made = command(*words, cwd=tmp_path)
+    assert made.returncode == 0, made.stderr
+    found = results.find(tmp_path / "outputs" / "ladder").trials
+    assert len(found) == 7 * 2 * 2
+    assert report([str(tmp_path / "outputs" / "ladder"), "--only", "table", "--format", "csv"]) == 0
+    [path] = (tmp_path / "outputs" / "ladder" / "report").glob("ladder-*.csv")
+    _, *lines = path.read_text().splitlines()
+    rows = list(csv.DictReader(lines))
+    assert [row["rung"] for row in rows] == [f"rung {i}" for i in range(1, 8)]
+    assert rows[3]["ΔW"] == "(λ/r)(BΞA − DΦC)W" and all(row["n"] == "2" and row["MRPC"] for row in rows)
+    one = command(*words[:-1], "method=ladder/2,ladder/7", "name=two", "-m", cwd=tmp_path)
+    assert one.returncode == 0 and len(results.find(tmp_path / "outputs" / "two").trials) == 2 * 2 * 2
+
+
+def test_experiments_that_sweep_by_themselves_are_not_swept_over():
+    told = "experiment=tuned/mrpc,tuned/rte: their own sweeps need one experiment; add lr_factor=0.1,0.3,1,3,10"
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        overrides.check(["experiment=tuned/mrpc,tuned/rte", "model=tiny"], conf_folder(), multirun=True)
+    overrides.check(["experiment=tuned/mrpc,tuned/rte", "model=tiny", "lr_factor=1,2"], conf_folder(), multirun=True)
 
 
 def test_table4_of_all_tasks_and_goes_on(tmp_path):
@@ -80,6 +136,10 @@ def test_table4_of_all_tasks_and_goes_on(tmp_path):
     ("words", "message"),
     [
         (["--tasks", "mrcp"], "--tasks mrcp: expected one of mnli, sst2, mrpc, cola, qnli, qqp, rte, stsb; did you"),
+        (
+            ["--methods", "lora,dleora"],
+            "--methods dleora: expected one of full, bitfit, ia3, loreft, red, lora, adapter_",
+        ),
         (["--plan", "mrpc"], "mrpc: expected KEY=VALUE"),
         (["--model", "minlm"], "model=minlm: expected one of"),
         (["epochs=0", "bach_size=4"], "2 faults in the config"),

@@ -92,7 +92,7 @@ def report(options: argparse.Namespace) -> None:
         written += tables.write(made, folder)
     if options.only in (None, "page"):
         written.append(page.write(folder / "index.html", panels, made, notes, options.layer, options.factor))
-    printed = {None: [table for table in made if table.name.startswith("scores")], "table": made}
+    printed = {None: [table for table in made if table.name.startswith(("scores", "ladder"))], "table": made}
     print("\n".join(tables.FORMS[options.format][1](table) for table in printed.get(options.only, [])), end="")
     for path in written:
         print(terminal.printable(str(path)), file=sys.stderr if options.only == "table" else sys.stdout)

@@ -198,7 +198,7 @@ def _pictures(panels: Sequence[Panel], layer: str | None, factor: float | None) 
         yield "score_by_factor", _by_rate(panels, "factor", "score")
         yield "score_by_rate", _by_rate(panels, "rate", "score")
         for quantity in ("distance", "change"):
-            if not all(math.isnan(getattr(trial, quantity)) for panel in panels for trial in panel.trials):
+            if any(getattr(trial, quantity) > 0 for panel in panels for trial in panel.trials):
                 yield f"{quantity}_by_factor{of_layer}", _by_rate(panels, "factor", quantity, layer)
     if any(len(trial.history) > 1 for panel in panels for trial in panel.trials):
         yield f"training{of_layer}", _over_training(panels, layer, factor)
@@ -240,7 +240,7 @@ def _by_rate(panels: Sequence[Panel], x: str, quantity: str, layer: str | None =
         axis.set_ylabel(y_label(panel, quantity, x, layer))
         if quantity == "score":
             _reference_lines(axis, panel.references(), references)
-        else:
+        elif any(getattr(trial, quantity) > 0 for trial in panel.trials):
             _log_distance_axis(axis)
     crosses = "×: diverged or no defined score, counted as guessing."
     if quantity != "score":

@@ -17,7 +17,7 @@ from delora import results
 from delora.config import show
 from delora.report import statistics
 from delora.report.statistics import Curve, Estimate, Panel, Robustness
-from delora.report.trials import Collection, Trial, label_order
+from delora.report.trials import Collection, Trial, label_order, looks
 from delora.tasks import TASKS
 from delora.terminal import printable
 
@@ -64,7 +64,8 @@ class Table:
 
 def all_tables(panels: Sequence[Panel]) -> list[Table]:
     """Every table of a report: scores and robustness of each group of panels, then details."""
-    made = [table(group) for table in (_scores, _robustness, _medians, _comparisons) for group in _groups(panels)]
+    kinds = (_scores, _ladder, _robustness, _medians, _comparisons)
+    made = [table(group) for table in kinds for group in _groups(panels)]
     others = [group for group in _groups(panels) if not is_comparable(group)]
     tasks = [task for task in statistics.published()["rows"][0]["scores"] if task in {p.task for p in panels}]
     if others and tasks:
@@ -142,6 +143,29 @@ def _score_cell(curve: Curve, usual: int) -> Cell:
     text += f" ({lost} without a score)" if lost else ""
     at = {"factor": float(curve.factors_F[best]), "lr": float(curve.rates_F[best])}
     return Cell(text, {"": mean, "std": std, "n": n, "without a score": lost, **at})
+
+
+def _ladder(group: Sequence[Panel]) -> Table:
+    """The rungs that the trials stand on: what each adds, its score and its worst drop on each task."""
+    rungs = {look.title: look.rung for look in looks().values() if look.rung}
+    rows = []
+    for label in (label for label in _labels(group) if label.split(" (")[0] in rungs):
+        rung, curves = rungs[label.split(" (")[0]], _curves(group, label)
+        usual = max(len(statistics.known(curve.best_scores_S)) for curve in curves.values())
+        cells = []
+        for panel in group:
+            there = curves.get(panel.task)
+            cells.append(_score_cell(there, usual) if there else EMPTY)
+            drop = statistics.robustness(there, panel.span, panel.floor).drop if there else None
+            cells.append(interval(drop) if drop else EMPTY)
+        rows.append([Cell(label), Cell(rung["of"]), Cell(rung["adds"]), Cell(str(usual), {"": usual}), *cells])
+    caption = (
+        f"ΔW by the DeLoRA paper's Tables 1 and 2, and what it has that its neighbour on the ladder lacks: rungs 1 to "
+        f"3 go up from LoRA, 7 to 4 from ETHER+ on one side. Rung 6 has λ/2 as in the paper's Eq. 10. Scores and worst "
+        f"drops, in percent on {group[0].split}, as in the tables of scores and robustness."
+    )
+    tasks = [name for panel in group for name in (task_name(panel.task), f"{task_name(panel.task)} worst drop")]
+    return _table("ladder", group, "The ladder", caption, ["rung", "ΔW", "adds", "n", *tasks], rows=rows)
 
 
 def _average(cells: Sequence[Cell], form: str = ".1f") -> Cell:

@@ -33,20 +33,22 @@ class Look:
     Attributes:
         place: of its rows among those of others.
         styles: how it and its variants are drawn, "" is the method itself; see `delora.report.curves.known_styles`.
+        rung: of a method on the ladder of the DeLoRA paper's Tables 1 and 2, ΔW and what it adds to its neighbour.
     """
 
     title: str
     place: int
     styles: Mapping[str, str]
+    rung: Mapping[str, str] | None
 
 
 @functools.cache
 def looks() -> dict[str, Look]:
     """How the methods of conf/method are shown, by their names."""
     found = {}
-    for path in sorted((conf_folder() / "method").glob("*.yaml")):
+    for path in sorted((conf_folder() / "method").rglob("*.yaml")):
         method = yaml.safe_load(path.read_bytes())
-        found[method["name"]] = Look(method["title"], method["place"], method.get("styles", {}))
+        found[method["name"]] = Look(method["title"], method["place"], method.get("styles") or {}, method.get("rung"))
     return found
 
 
