@@ -51,13 +51,14 @@ WARMUP = 3  # steps that are not counted; on a GPU more
 PROFILED = 3  # steps
 BYTES_IN_MAXRSS = 1 if sys.platform == "darwin" else 1024
 H100_BF16 = 989e12  # multiplications and additions a second of its matrix units, dense (the vendor's data sheet)
-ALONE = ("packed floor", "floor", "peft", "trainer", "peft compiled", "trainer compiled")  # one trial each
+ALONE = ("packed floor", "floor", "peft", "trainer", "peft compiled", "trainer compiled", "full trainer")  # one trial
 WITHOUT = ("packing", "pruning", "compiling", "graphs", "kernel")
 # What is aimed at, by device: a figure of `ratios`, what it means, whether more of it is better, and how much.
 GOALS = {
     "cpu": [
         ("trainer", "a trial's speed over PEFT with the Trainer's", True, 2.5),
         ("floor", "a trial's step over the frozen encoder's, packed", False, 1.15),
+        ("full", "full finetuning, a trial's speed over the Trainer's", True, 3),
     ],
     "cuda": [
         ("trainer epoch", "trials an hour over PEFT with the Trainer", True, 50),
@@ -65,6 +66,7 @@ GOALS = {
         ("matrix limit", "share of the bf16 matrix limit, real tokens only", True, 0.5),
         ("tokens", "tokens computed for each real one", False, 1.05),
         ("eight", "a step of 8 trials over one of 1", False, 1.1),
+        ("full", "full finetuning, a trial's speed over the Trainer's", True, 3),
         ("floor", "the slowest method's step over the frozen encoder's, packed", False, 1.15),
         ("start", "seconds of compiling, warming up and recording", False, 45),
         ("cached start", "the same with a cache", False, 15),
@@ -102,6 +104,7 @@ LABELS = {
     "peft compiled": "PEFT, bare loop, compiled",
     "trainer": "PEFT, Trainer",
     "trainer compiled": "PEFT, Trainer, compiled",
+    "full trainer": "full finetuning, Trainer",
 }
 
 
@@ -119,7 +122,7 @@ def main() -> None:
     parser.add_argument("--precision", default="float32", choices=("float32", "bfloat16"))
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--trials", type=int, nargs="+", default=[1, 8], help="sizes of fleets")
-    parser.add_argument("--rows", nargs="+", default=ALONE, choices=ALONE, help="what to measure beside delora")
+    parser.add_argument("--rows", nargs="+", default=ALONE[:-1], choices=ALONE, help="what to measure beside delora")
     parser.add_argument("--steps", type=int, help="of each turn, counted after warming up (default: 6, on a GPU 50)")
     parser.add_argument("--turns", type=int, default=5, help="at most")
     parser.add_argument("--minutes", type=float, default=6, help="after which nothing but delora's own sizes is begun")
@@ -277,6 +280,7 @@ class Benchmark:
             "peft compiled": lambda: self.peft_bare(compiled=True),
             "trainer": self.peft_trainer,
             "trainer compiled": lambda: self.peft_trainer(compiled=True),
+            "full trainer": lambda: self.trainer("full trainer", self.encoder()),
         }
         largest = max(options.trials)
         rows = {f"fleet {k}": (lambda k=k: self.delora(k)) for k in options.trials}
@@ -463,6 +467,9 @@ class Benchmark:
         return seconds
 
     def peft_trainer(self, compiled: bool = False) -> float:
+        return self.trainer("trainer compiled" if compiled else "trainer", self.peft_model(compiled))
+
+    def trainer(self, name: str, model: nn.Module) -> float:
         """On a GPU also the seconds of a trial of one epoch, its workers' start and its evaluation included."""
         whole = self.compiles
         # On a GPU the last steps of an epoch count, when the workers are warm.
@@ -503,15 +510,13 @@ class Benchmark:
             disable_tqdm=True,
         )
         collator = transformers.DataCollatorWithPadding(self.tokenizer)
-        trainer = InOrder(
-            self.peft_model(compiled), arguments, train_dataset=train_rows, data_collator=collator, callbacks=[Ticks()]
-        )
+        trainer = InOrder(model, arguments, train_dataset=train_rows, data_collator=collator, callbacks=[Ticks()])
         start = clock.now()
         with contextlib.suppress(Enough):
             trainer.train()
         if whole:
             trainer.evaluate(examples("validation", self.scored))
-            self.epochs["trainer compiled" if compiled else "trainer"] = clock.now() - start
+            self.epochs[name] = clock.now() - start
         return clock.seconds()
 
     # --- Where the time goes
@@ -652,6 +657,8 @@ def achieved(figures: Mapping[str, Any], bench: Benchmark) -> dict[str, float]:
     if "packed floor" in medians:
         methods = [medians[f"{name} {largest}"] / largest for name in options.methods if f"{name} {largest}" in medians]
         made["floor"] = max(each, *methods) / medians["packed floor"] if methods else each / medians["packed floor"]
+    if "full trainer" in medians and f"full {largest}" in medians:
+        made["full"] = medians["full trainer"] / (medians[f"full {largest}"] / largest)
     if "fleet 1" in medians and "fleet 8" in medians:
         made["eight"] = medians["fleet 8"] / medians["fleet 1"]
     for name in ("trainer", "peft"):
@@ -672,13 +679,15 @@ def report(figures: Mapping[str, Any], bench: Benchmark) -> None:
     options, seconds = bench.options, figures["seconds_per_step"]
     medians = {name: statistics.median(several) for name, several in seconds.items()}
     sizes = {name: 1 if name in ALONE else int(name.split()[-1]) for name in medians}
-    table = Table("", "ms a step", "spread", "turns", "ms a trial", "times the Trainer", box=None, pad_edge=False)
+    columns = ("ms a step", "spread", "turns", "ms a trial", "times the Trainer", "over the floor")
+    table = Table("", *columns, box=None, pad_edge=False)
     for name, median in medians.items():
         each = median / sizes[name]
         spread = f"{1e3 * min(seconds[name]):.1f} to {1e3 * max(seconds[name]):.1f}"
         faster = f"{medians['trainer'] / each:.2f}x" if "trainer" in medians else "-"
+        over = f"{each / medians['packed floor']:.2f}" if "packed floor" in medians else "-"
         label = LABELS.get(name) or label_of(name, options.method)
-        table.add_row(label, f"{1e3 * median:.1f}", spread, str(len(seconds[name])), f"{1e3 * each:.2f}", faster)
+        table.add_row(label, f"{1e3 * median:.1f}", spread, str(len(seconds[name])), f"{1e3 * each:.2f}", faster, over)
     weights = ", random weights" if options.random else ""
     about = f"{options.model}{weights}, {options.method}, MRPC {'files' if options.data else 'synthetic'}"
     where = figures["hardware"] + ("" if bench.compiles else f", {figures['threads']} threads")

@@ -243,8 +243,9 @@ class Listener:
         raise AssertionError(f"trial {trial} diverged in step {step}")
 
 
-def trained(trials, checkpoints=None):
-    fleet, loaded = fleet_of(trials)
+def trained(trials, checkpoints=None, fleet=None, loaded=None):
+    if fleet is None:
+        fleet, loaded = fleet_of(trials)
     tokens = tokens_of(fleet, loaded)
     every_KS = torch.arange(8).expand(len(trials), -1)
     listener = Listener()
@@ -313,10 +314,9 @@ def test_a_step_changes_what_is_saved_and_transformers_reads(kind, method, check
         with pytest.raises(UserError, match=r"targets=layers: method=bitfit can sit at no such place .*it has: none"):
             fleet_of(trials)
         return
-    with torch.no_grad():
-        fleet, loaded = fleet_of(trials)
-        start = fleet.trial_state(1)
-    _, outcomes, fleet = trained(trials)
+    fleet, loaded = fleet_of(trials)
+    start = fleet.trial_state(1)
+    _, outcomes, _ = trained(trials, fleet=fleet, loaded=loaded)
     if method != "head":
         moved = [
             not torch.equal(tensor, start[name]) for name, tensor in outcomes[1].adapter.items() if ".method." in name

@@ -85,6 +85,44 @@ def test_a_fresh_adapter_leaves_the_logits_unchanged(method):
     assert (not fleet.distances()) == (method in ON_HIDDEN)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("method", METHODS)
+def test_what_was_trained_can_be_left_out_for_a_comparison(method):
+    """As the change of hidden states needs it: without adapters and copies, the frozen encoder's logits."""
+    fleet, plain = make(f"method={method}", trials=2)
+    shake(fleet)
+    for _, module in fleet.adapted():
+        module.off = True
+    x = inputs(3)
+    both = fleet(**{name: tensor.repeat(2, 1) for name, tensor in x.items()}).logits.view(2, 3, -1)
+    state = fleet.base.state_dict()
+    for trial in range(2):
+        plain.load_state_dict({n: state[n][trial] for n in state if n.startswith("classifier")}, strict=False)
+        torch.testing.assert_close(both[trial], plain(**x).logits, rtol=1e-11, atol=1e-12)
+
+
+# Of RoBERTa-base's twelve layers, by the DeLoRA paper's Table 4 and the papers that it quotes; of the adapters to 0.1M.
+PUBLISHED = {"bitfit": 101_376, "ia3": 55_296, "loreft": 18_444, "red": 18_432, "adapter": 0.4e6, "adapter_ffn": 0.3e6}
+
+
+@pytest.mark.parametrize("method", PUBLISHED)
+def test_as_many_values_are_trained_as_was_published(method):
+    sizes = ["width=768", "ffn=3072", "heads=12", "layers=1"]
+    fleet, _ = make(f"method={method}", "precision=float32", *(f"model.shape.{size}" for size in sizes))
+    count = 12 * fleet.count()["adapter"]
+    assert count == PUBLISHED[method] or (
+        method.startswith("adapter") and round(count / 1e5) == PUBLISHED[method] / 1e5
+    )
+
+
+def test_full_finetuning_trains_every_weight_of_the_encoder():
+    fleet, plain = make("method=full")
+    encoder = sum(parameter.numel() for parameter in plain.roberta.parameters())
+    assert fleet.count()["adapter"] == fleet.count()["encoder"] == encoder
+    norms = {n for n in fleet.trained() if "LayerNorm" in n}
+    assert norms and fleet.undecayed() == norms | {n for n in fleet.trained() if n.endswith("bias")}
+
+
 def test_a_rate_may_be_a_multiple_of_the_trials():
     """LoRA+'s, of B alone; one tensor for all layers, so that the optimizer has one group of them."""
     fleet, _ = make("method=loraplus", "lr=1e-3", "lr_factor=2", "method.rate_ratio=4", trials=2)

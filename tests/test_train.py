@@ -142,10 +142,12 @@ IN_FLOAT32 = ("delora", "delora-zero", "dora", "dora-fixed", "ether", "etherplus
     ("method", "precision"), [*((m, "float64") for m in VARIANTS), *((m, "float32") for m in IN_FLOAT32)]
 )
 def test_a_trial_in_a_fleet_is_the_trial_alone(method, precision):
-    configs = eight_trials(method, precision)
+    configs, parts = eight_trials(method, precision), ([1, 4, 7], [0], [6])
+    if method not in IN_FLOAT32:  # what these have in common with the others is tried with those
+        configs, parts = configs[:5], ([1, 4], [0])
     losses, outcomes, _ = train_tiny(configs)
-    assert losses.shape == (50, 8)
-    for some in ([1, 4, 7], [0], [6]):
+    assert losses.shape == (50, len(configs))
+    for some in parts:
         others, found, _ = train_tiny([configs[k] for k in some])
         relative = ((losses[:, some] - others).abs() / others).max()
         assert relative < (1e-9 if precision == "float64" else 1e-4)
