@@ -80,9 +80,8 @@ def main() -> int:
         if status := delora_run(experiments("tuned", chosen), {**words, "seed": first, "lr_factor": factors}):
             return status
         if options.plan and others:
-            print(
-                f"and with seeds {', '.join(others)} {len(others) * len(tuned) * len(chosen)} trials, at the best rates"
-            )
+            count = len(others) * len(tuned) * len(chosen)
+            print(f"and {count} with the seeds {', '.join(others)}, at the best rates")
         best = best_factors(folder, tuned, chosen) if others and not options.plan else {}
         for (method, factor), its_tasks in best.items():
             choice = {"method": method, "seed": ",".join(others), "lr_factor": f"{factor:g}"}

@@ -211,7 +211,7 @@ def test_the_shape_of_a_config_names_the_layers_of_the_model(kind):
     assert not any(name.endswith(tuple(encoder.roles.values())) for name in others)
     turns = shape.layers / len(layers)
     assert encoder.multiplications(shape) >= sum(i * o for i, o in inside.values()) * turns
-    assert {role: len(encoder.linears_of(role, found)) for role in encoder.roles} == dict.fromkeys(
+    assert {role: len(encoder.matching(role, found)) for role in encoder.roles} == dict.fromkeys(
         encoder.roles, len(layers)
     )
 
@@ -289,9 +289,12 @@ class StopAt:
             raise Stopped
 
 
-@each_kind
-def test_stopped_within_an_epoch_it_goes_on_to_the_bit(kind, checkpoints):
-    trials = trials_of(checkpoints(kind), range(2), "method=lora", "epochs=2")
+@pytest.mark.parametrize(
+    ("kind", "method"), [*((kind, "lora") for kind in KINDS), *(("roberta", m) for m in METHODS if m != "lora")]
+)
+def test_stopped_within_an_epoch_it_goes_on_to_the_bit(kind, method, checkpoints):
+    """Every family, and every method, with dropout everywhere."""
+    trials = trials_of(checkpoints(kind), range(2), f"method={method}", "method.dropout=0.1", "epochs=2")
     losses, outcomes, _ = trained(trials)
     stop = StopAt(4)
     with pytest.raises(Stopped):

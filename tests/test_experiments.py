@@ -54,7 +54,7 @@ def test_the_other_rows_take_epochs_and_batch_size_of_table9():
 
 
 def test_a_row_s_rate_is_chosen_by_the_first_seed_on_validation(tmp_path):
-    words = ["--methods", "red,lora", "--tasks", "rte,mrpc", "--model", "tiny", "data=synthetic", "logger=none"]
+    words = ["--methods", "red,lora", "--tasks", "rte", "--model", "tiny", "data=synthetic", "logger=none"]
     words += ["data.rows.train=64", "data.rows.validation=80", "seed=42,43", "epochs=2", "batch_size=8"]
     made = table4(*words, "lr_factor=1,300", "max_length=64", "device=cpu", cwd=tmp_path)
     assert made.returncode == 0 and "Traceback" not in made.stderr, made.stderr
@@ -72,11 +72,10 @@ def test_a_row_s_rate_is_chosen_by_the_first_seed_on_validation(tmp_path):
         assert first.keys() == ({1} if method == "red" else {1, 300}) and len(second) == 1
         assert next(iter(second)) == max(first, key=lambda factor: (first[factor], -factor))
     rows = {tuple(cell.strip() for cell in line.split("|")[1:3]): line for line in made.stdout.splitlines()}
-    assert "published" in rows["RED", "RTE"] and "rate chosen here, at an end of the grid" in rows["LoRA", "MRPC"]
+    assert "published" in rows["RED", "RTE"] and "rate chosen here, at an end of the grid" in rows["LoRA", "RTE"]
     assert (tmp_path / "outputs" / "table4" / "tiny" / "report" / "hyperparameters.md").read_text() in made.stdout
     planned = table4(*words, "--plan", "name=other", cwd=tmp_path)
-    assert "and with seeds 43 4 trials, at the best rates" not in planned.stdout
-    assert "and with seeds 43 2 trials, at the best rates" in planned.stdout
+    assert "and 1 with the seeds 43, at the best rates" in planned.stdout
 
 
 def test_the_ladder_is_one_command_with_a_table_of_its_own(tmp_path):

@@ -298,7 +298,8 @@ def test_published_rows_are_the_papers(shared):
     ours = {row["name"]: (row["parameters"], row["scores"], row["average"]) for row in statistics.published()["rows"]}
     assert ours == paper
     epochs = next(line for line in lines if line[0] == "epochs")
-    assert statistics.published()["epochs"] == dict(zip(columns, map(int, epochs[1:]), strict=True))
+    [published] = [row["epochs"] for row in statistics.published()["rows"] if "epochs" in row]
+    assert published == dict(zip(columns, map(int, epochs[1:]), strict=True))
     for row in tables._published_rows(columns):
         assert row[-1].values[""] == pytest.approx(paper[row[0].text][2], abs=0.051)
 

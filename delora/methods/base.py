@@ -146,6 +146,20 @@ class LowRank(LinearMethod):
         return up_KOS @ down_KSI
 
 
+class Bounded(LowRank):
+    """A method whose ΔW has a learned strength λ apart from its direction, with a learning rate of its own (K,)."""
+
+    def __init__(self, lambda_init: Tensor, lambda_lr: Tensor):
+        super().__init__()
+        self.lam, self.lambda_lr = nn.Parameter(lambda_init[:, None].clone()), lambda_lr
+
+    def learning_rates(self) -> Mapping[str, Tensor]:
+        return {"lam": self.lambda_lr}
+
+    def strength(self) -> Tensor:
+        return self.lam[:, 0]
+
+
 def find(target: str) -> type[Method]:
     """The class that a config's `_target_` names.
 

@@ -15,13 +15,13 @@ and ∂L/∂λ is exactly 0 at the start. Dropout acts on the input of the ΔW b
 import torch
 from torch import Tensor, nn
 
-from delora.methods.base import LowRank, kaiming_uniform, per_trial, zeros
+from delora.methods.base import Bounded, kaiming_uniform, per_trial, zeros
 from delora.randomness import Draw
 
 PEFT_SMALLEST_NORM = 1e-4
 
 
-class DeLoRA(LowRank):
+class DeLoRA(Bounded):
     """Decoupled low-rank adaptation. Shapes as in `delora.methods.base`."""
 
     A0: Tensor
@@ -39,15 +39,14 @@ class DeLoRA(LowRank):
         init: str,
         scaling: str,
     ):
-        super().__init__()
+        super().__init__(lambda_init, lambda_lr)
         out_features, in_features = weight_OI.shape
-        self.rank, self.residual, self.lambda_lr = rank, init == "residual", lambda_lr
+        self.rank, self.residual = rank, init == "residual"
         self.A = nn.Parameter(kaiming_uniform(draw, "A", (rank, in_features)))
         start_B = (
             kaiming_uniform(draw, "B", (out_features, rank)) if self.residual else zeros(draw, (out_features, rank))
         )
         self.B = nn.Parameter(start_B)
-        self.lam = nn.Parameter(lambda_init[:, None].clone())
         if self.residual:
             self.register_buffer("A0", self.A.detach().clone())
             self.register_buffer("B0", self.B.detach().clone())
@@ -61,12 +60,6 @@ class DeLoRA(LowRank):
         first_rows = self._normalised(self.A0, self.B0)
         up = torch.cat([self.B - self.B0, self.B0], 2)
         return gain * up, torch.cat([rows, rows - first_rows], 1)
-
-    def learning_rates(self) -> dict[str, Tensor]:
-        return {"lam": self.lambda_lr}
-
-    def strength(self) -> Tensor:
-        return self.lam[:, 0]
 
     def _normalised(self, A: Tensor, B: Tensor) -> Tensor:
         """The rows of A·diag(c), divided by ‖aⱼ‖‖bⱼ‖, (K, R, I)."""

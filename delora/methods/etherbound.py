@@ -13,11 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from delora.methods.base import LowRank, kaiming_uniform, per_trial
+from delora.methods.base import Bounded, kaiming_uniform, per_trial
 from delora.randomness import Draw
 
 
-class BoundedETHER(LowRank):
+class BoundedETHER(Bounded):
     """Relaxed reflections of a learned strength. Shapes as in `delora.methods.base`.
 
     A, B, C, D and U, V are (K, r/2, I), a term a row.
@@ -35,15 +35,14 @@ class BoundedETHER(LowRank):
         lambda_lr: Tensor,
         symmetric: bool,
     ):
-        super().__init__()
+        super().__init__(lambda_init, lambda_lr)
         if rank % 2:
             raise ValueError(f"rank={rank} is odd: half of it is added, half taken away")
-        self.rank, self.symmetric, self.lambda_lr = rank, symmetric, lambda_lr
+        self.rank, self.symmetric = rank, symmetric
         for name, twin in [("U", "V")] if symmetric else (("A", "C"), ("B", "D")):
             start = kaiming_uniform(draw, name, (rank // 2, weight_OI.shape[1]))
             self.register_parameter(name, nn.Parameter(start))
             self.register_parameter(twin, nn.Parameter(start.clone()))
-        self.lam = nn.Parameter(lambda_init[:, None].clone())
 
     def factors(self, weight_OI: Tensor) -> tuple[Tensor, Tensor]:
         gain = per_trial(-self.strength() / self.rank)
@@ -51,9 +50,3 @@ class BoundedETHER(LowRank):
         a, c, b, d = (F.normalize(getattr(self, name), dim=2, eps=0) for name in names)
         # aᵀb − cᵀd = (a − c)ᵀb + cᵀ(b − d), which is exactly 0 at the start.
         return gain * (weight_OI @ torch.cat([a - c, c], 1).mT), torch.cat([b, b - d], 1)
-
-    def learning_rates(self) -> dict[str, Tensor]:
-        return {"lam": self.lambda_lr}
-
-    def strength(self) -> Tensor:
-        return self.lam[:, 0]

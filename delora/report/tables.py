@@ -258,9 +258,10 @@ def _versus_published(group: Sequence[Panel]) -> str:
         "how the rate is chosen": group[0].select != facts["select"]
         and any(len(curve.factors_F) > 1 for panel in group for curve in panel.curves),
         "the epochs": any(
-            trial.config["epochs"] != facts["epochs"].get(trial.task)
+            trial.config["epochs"] != row["epochs"].get(trial.task)
+            for row in facts["rows"]
             for trial in trials
-            if trial.config["method"]["name"] == "delora"  # the others' are not known
+            if "epochs" in row and trial.config["method"]["name"] == row["match"]["name"]
         ),
     }
     return (
