@@ -602,9 +602,10 @@ def show(value: Any) -> str:
 
 
 def expected(value: Any, known: Iterable[str]) -> str:
-    """ "expected one of ..." with the nearest of the known names."""
+    """ "expected one of ..." with the nearest of the known names; of many in folders the folders alone."""
     names = list(known)
-    return f"expected one of {', '.join(names)}{did_you_mean(value, names)}"
+    told = names if len(names) <= 20 else list(dict.fromkeys(re.sub("/.*", "/…", name) for name in names))
+    return f"expected one of {', '.join(told)}{did_you_mean(value, names)}"
 
 
 def did_you_mean(word: Any, known: Iterable[str]) -> str:

@@ -108,7 +108,8 @@ class FleetAdamW:
 
         `step` (int64) counts from 0. It is read on its device, so that a recorded update serves for every step.
         """
-        torch._foreach_copy_(self._gradient_views, [p.grad for p in self._parameters if p.grad is not None])
+        used = [(v, p.grad) for v, p in zip(self._gradient_views, self._parameters, strict=True) if p.grad is not None]
+        torch._foreach_copy_([view for view, _ in used], [gradient for _, gradient in used])
         self.clear()
         if self.clip_norm is not None:
             norm_K = self.gradients.norm(dim=1)

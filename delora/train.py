@@ -22,7 +22,8 @@ from delora.optim import FleetAdamW
 from delora.tasks import Task
 
 MISMATCHED = "accuracy_mm"
-COMPARED, AT_ONCE = 32, 8  # validation rows whose hidden states are compared with the frozen encoder's
+# Validation rows whose hidden states are compared with the frozen encoder's, and examples of all trials at once.
+COMPARED, AT_ONCE = 32, 128
 VALIDATION = "validation"
 
 
@@ -288,7 +289,8 @@ def output_changes(fleet: Fleet, data: Data) -> dict[str, Tensor]:
     """`Fleet.output_changes` on the first of each trial's validation rows."""
     fleet.eval()
     with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
-        batches = data.validation.in_order(data.validation_KS[:, :COMPARED], AT_ONCE, packed=False)
+        rows_KS, size = data.validation_KS[:, :COMPARED], max(1, AT_ONCE // len(fleet.trials))
+        batches = data.validation.in_order(rows_KS, size, packed=False)
         changes = fleet.output_changes(batch for _, batch in batches)
     fleet.train()
     return changes

@@ -692,7 +692,7 @@ def report(figures: Mapping[str, Any], bench: Benchmark) -> None:
     about = f"{options.model}{weights}, {options.method}, MRPC {'files' if options.data else 'synthetic'}"
     where = figures["hardware"] + ("" if bench.compiles else f", {figures['threads']} threads")
     print(f"{about}, batch {options.batch_size}, {options.precision}, {where}")
-    console = Console(width=110)
+    console = Console(width=130)
     console.print(table)
     if bench.left_out:
         print(f"not reached in {options.minutes:g} minutes: {', '.join(bench.left_out)}")

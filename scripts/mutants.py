@@ -48,6 +48,7 @@ NO_CHANGE = Path(__file__).with_suffix(".yaml")  # mutants that change no behavi
 TESTS = {
     "delora/methods/*.py": ["methods", "model", "train"],
     "delora/model.py": ["model", "encoders", "train", "run"],
+    "delora/layers.py": ["model", "encoders", "methods", "train"],
     "delora/encoders/*.py": ["encoders", "model", "config", "run"],
     "delora/attention.py": ["attention", "encoders", "model"],
     "delora/train.py": ["train", "encoders", "run"],

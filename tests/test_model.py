@@ -12,16 +12,16 @@ from delora import pretrained
 from delora.data import load
 from delora.data.batches import Tokens
 from delora.errors import UserError
-from delora.model import (
+from delora.layers import (
     AdaptedHidden,
     AdaptedLinear,
     CopiedEmbedding,
     CopiedLinear,
     CopiedNorm,
-    Fleet,
     HeadNorm,
     Joined,
 )
+from delora.model import Fleet
 from delora.randomness import Dropout
 from delora.tasks import TASKS
 

@@ -7,6 +7,16 @@ from transformers import get_linear_schedule_with_warmup
 from delora.optim import FleetAdamW
 
 
+def test_a_parameter_without_a_gradient_is_decayed_alone():
+    one = torch.ones(1, dtype=torch.float64)
+    fleet = {name: torch.nn.Parameter(torch.ones(1, 2, dtype=torch.float64)) for name in ("used", "unused")}
+    optimizer = FleetAdamW(fleet, one, 0.1 * one, set(), {}, 0 * one, 2, (0.9, 0.99))
+    fleet["used"].grad = torch.ones(1, 2, dtype=torch.float64)
+    optimizer.step(torch.tensor(0))
+    assert torch.equal(fleet["unused"], torch.full((1, 2), 0.9, dtype=torch.float64))
+    torch.testing.assert_close(fleet["used"].detach(), torch.full((1, 2), -0.1, dtype=torch.float64))
+
+
 @pytest.mark.parametrize("at_once", [1 << 27, 20])
 @pytest.mark.parametrize("clip_norm", [None, 0.5])
 def test_each_trial_is_torchs_adamw(clip_norm, at_once, monkeypatch):

@@ -1,5 +1,7 @@
 """method=peft: the methods of the installed PEFT library, each by its type."""
 
+import sys
+
 import pytest
 import torch
 from conftest import FEW, SMALL, command, compose_trial
@@ -139,6 +141,12 @@ def test_trials_of_pefts_are_trained_one_by_one_and_loaded(tmp_path):
         stored = trial.tensors(results.ADAPTER, "pt")
         assert all(torch.equal(tensor, model.trial_state(0)[name]) for name, tensor in stored.items())
         assert trial.result["parameters"]["adapter"] == sum(t.numel() for n, t in stored.items() if ".method." in n)
+
+
+def test_without_the_library_that_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft.mapping", None)
+    with pytest.raises(UserError, match=r"method=peft needs PEFT: pip install 'delora\[peft\]'"):
+        check([compose_trial("method=peft").method])
 
 
 def test_several_trials_of_pefts_at_once_are_refused():
