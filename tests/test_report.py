@@ -487,6 +487,25 @@ def test_distance_of_the_chosen_layers(tmp_path):
     assert names[2:] == ["distance_by_factor-layer.1.x.query", "training-layer.1.x.query"]
 
 
+def test_methods_without_a_distance_are_named(tmp_path):
+    """Their hidden states change all the same."""
+    for factor in (1, 2):
+        fake_trials.write(tmp_path / f"a{factor}", 0.8, factor=factor, method="lora")
+        folder = fake_trials.write(tmp_path / f"b{factor}", 0.8, factor=factor, method="dora")
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        lines = [line | {"distance": {}} if line["kind"] == "evaluation" else line for line in lines]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    panels = statistics.panels(trials.read([tmp_path]).trials)
+    drawn = {
+        name: " ".join(" ".join(text.get_text() for text in figure.texts).split())
+        for name, figure in curves._pictures(panels, None, None)
+    }
+    assert "without a distance. At the end of training. Without W′: DoRA." in drawn["distance_by_factor"]
+    assert "Without W′" not in drawn["change_by_factor"] and "h′: after training" in drawn["change_by_factor"]
+    changes = [curves.at_rates(curve, "change") for curve in panels[0].curves]
+    assert len(changes) == 2 and all((change > 0).all() for change in changes)
+
+
 PICTURES = ("score_by_factor", "score_by_rate", "distance_by_factor", "change_by_factor", "training")
 
 
