@@ -22,15 +22,16 @@ def identified(trials: Iterable[Trial]) -> list[Trial]:
     """
     trials = list(trials)
     models = {model: _identified(model) for model in {trial.model for trial in trials}}
-    starts = {trial.method.start: start_of(trial) for trial in trials if trial.method.start}
-    found = []
-    for trial in trials:
-        changes: dict[str, object] = {"model": models[trial.model]}
-        if trial.method.start:
-            sha256 = start_sha256(starts[trial.method.start])
-            changes["method"] = trial.method.model_copy(update={"start_sha256": sha256})
-        found.append(trial.model_copy(update=changes))
-    return found
+    trials = [trial.model_copy(update={"model": models[trial.model]}) for trial in trials]
+    # Trials that may train together begin alike: the folder is read once for them, not once for each.
+    firsts = {trial.company: trial for trial in trials if trial.method.start}
+    hashes = {company: start_sha256(start_of(first)) for company, first in firsts.items()}
+
+    def begun(trial: Trial) -> Trial:
+        sha256 = hashes[trial.company]
+        return trial.model_copy(update={"method": trial.method.model_copy(update={"start_sha256": sha256})})
+
+    return [begun(trial) if trial.method.start else trial for trial in trials]
 
 
 def _identified(model: ModelConfig) -> ModelConfig:

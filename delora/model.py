@@ -328,8 +328,8 @@ class Fleet(nn.Module):
     def undecayed(self) -> set[str]:
         """The trained parameters that weight decay spares, as everywhere: biases and LayerNorms."""
         norms = {n for n, m in self.base.named_modules() if isinstance(m, HeadNorm | CopiedNorm)}
-        of_norms = {n for n in self.trained() if n.rpartition(".")[0].removesuffix(".method") in norms}
-        return of_norms | {n for n in self.trained() if n.endswith("bias")}
+        owners = {name: name.rpartition(".")[0].removesuffix(".method") for name in self.trained()}
+        return {name for name, owner in owners.items() if owner in norms or name.endswith("bias")}
 
     @torch.no_grad()
     def distances(self) -> dict[str, Tensor]:
