@@ -24,7 +24,8 @@ from delora import checkpoint
 from delora.encoders import Shape, families
 from delora.encoders import of as family_of
 from delora.errors import UserError
-from delora.tasks import TASKS
+from delora.tasks import TASKS, Task
+from delora.tasks import of as task_of
 
 # Keys that say where and how to run, not what; two configs that differ in these alone are the same trial.
 NOT_THE_TRIAL = (
@@ -147,6 +148,11 @@ class Section(BaseModel):
 
 class TaskConfig(Section):
     name: Annotated[str, AfterValidator(_task)]
+
+    @property
+    def facts(self) -> Task:
+        """What is known of it."""
+        return task_of(self.model_dump(exclude_unset=True))
 
 
 class MethodConfig(Section):

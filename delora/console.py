@@ -18,7 +18,6 @@ from rich.table import Table
 
 from delora.config import Trial
 from delora.results import Result, Scores, flatten
-from delora.tasks import TASKS
 from delora.terminal import printable
 
 if TYPE_CHECKING:
@@ -38,7 +37,7 @@ class Console:
     def __init__(self, trials: Sequence[Trial], found: Mapping[Path, Result]):
         self.rich = Rich(stderr=True, markup=False, emoji=False)
         self.rows = Rows(trials)
-        self.headlines = " or ".join(dict.fromkeys(TASKS[trial.task.name].headline for trial in trials))
+        self.headlines = " or ".join(dict.fromkeys(trial.task.facts.headline for trial in trials))
         self.total, self.already = len(trials), len(found)
         self.status: dict[Path, str] = {}  # done, running, diverged or failed
         self.best: dict[Path, float] = {}

@@ -10,7 +10,6 @@ from delora import checkpoint, data, packaged, results
 from delora.config import NOT_THE_TRIAL, PER_TRIAL, ConfigError, Fault, ModelConfig, Trial
 from delora.data.hub import hub_is_reachable, why_unreachable
 from delora.errors import UserError
-from delora.tasks import TASKS
 
 
 def identified(trials: Iterable[Trial]) -> list[Trial]:
@@ -91,7 +90,7 @@ def require_all(trials: Sequence[Trial]) -> None:
     lacks: dict[str, None] = {}  # in order, each once
     for trial in {(t.task, t.data, t.model): t for t in waiting}.values():
         where = {key: value for key, value in trial.data.options().items() if key in ("source", "dir")}
-        for text in (data.missing(TASKS[trial.task.name], **where), missing_encoder(trial.model)):
+        for text in (data.missing(trial.task.facts, **where), missing_encoder(trial.model)):
             lacks |= {text: None} if text else {}
     if lacks and not any("\n" in text for text in lacks):  # each says what to do; nothing is to be fetched from the hub
         raise UserError("\n".join(lacks))

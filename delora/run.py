@@ -21,7 +21,7 @@ import transformers
 from omegaconf import OmegaConf
 
 from delora import data as rows_of
-from delora import encoders, pretrained, results
+from delora import encoders, pretrained, results, tasks
 from delora.attention import kernels
 from delora.cli import conf_folder
 from delora.config import NOT_THE_TRIAL, ModelConfig, Trial
@@ -34,7 +34,7 @@ from delora.methods.base import Method
 from delora.missing import missing_encoder, start_of, start_sha256
 from delora.model import DTYPES, Fleet, check_unknown
 from delora.results import Extent, Result, ResultsError, TrialFolder
-from delora.tasks import TASKS, Task
+from delora.tasks import Task
 from delora.tracking import Tracker, Tracking
 from delora.train import Data, Outcome, Score, State, Totals, train
 
@@ -69,7 +69,7 @@ def run_fleet(
         Interrupted: a signal came; the state is saved.
     """
     started, config = time.perf_counter(), trials[0]
-    task, device = TASKS[config.task.name], choose_device(config.device)
+    task, device = config.task.facts, choose_device(config.device)
     if device.type == "cpu":
         keep_memory()
     dataset, tensors = prepare(config)
@@ -124,8 +124,8 @@ def begin(fleet: Fleet, encoder: pretrained.Pretrained) -> results.Origin:
     if made_with != encoder.sha256:
         told = f"its adapter was trained on weights with sha256 {made_with}, these have {encoder.sha256}"
         raise UserError(f"method.start={trial.method.start}: {told}")
-    before = TASKS[stored.result["config"]["task"]["name"]]
-    fleet.begin_with(stored.tensors(results.ADAPTER, "pt"), head=before.labels == TASKS[trial.task.name].labels)
+    before = tasks.of(stored.result["config"]["task"])
+    fleet.begin_with(stored.tensors(results.ADAPTER, "pt"), head=before.labels == trial.task.facts.labels)
     return {"source": stored.result["id"], "sha256": start_sha256(stored)}
 
 
@@ -182,9 +182,9 @@ def prepare(config: Trial) -> tuple[Dataset, dict[str, Tokens]]:
         UserError: rows are missing or damaged; the batch is larger than the training rows.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    name, device, dtype = config.task.name, config.device, DTYPES[config.precision]
+    task, device, dtype = config.task.facts, config.device, DTYPES[config.precision]
     dataset, tokens, known = _prepare(
-        name, config.data, config.model, config.max_length, config.batch_size, device, dtype
+        task, config.data, config.model, config.max_length, config.batch_size, device, dtype
     )
     if not known and (config.model, config.method.target) not in _tried:
         _try_out(config, dataset)
@@ -196,7 +196,7 @@ _tried: set[tuple[ModelConfig, str]] = set()  # encoders of unknown families, wi
 
 
 def _try_out(config: Trial, dataset: Dataset) -> None:
-    task = TASKS[config.task.name]
+    task = config.task.facts
     rows = dataset.splits["train"]
     few = Rows(rows.texts[:4], rows.labels[:4])
     tokens = Tokens(few, pretrained.load(config.model, task).tokenizer, 32, torch.device("cpu"), torch.float32)
@@ -209,8 +209,7 @@ def _try_out(config: Trial, dataset: Dataset) -> None:
 
 
 @functools.lru_cache(maxsize=1)
-def _prepare(name: str, data, model, max_length: int, batch_size: int, device: str, dtype: torch.dtype):
-    task = TASKS[name]
+def _prepare(task: Task, data, model, max_length: int, batch_size: int, device: str, dtype: torch.dtype):
     dataset = rows_of.load(task, **data.options())
     loaded = pretrained.load(model, task)
     known, tokenizer = encoders.of(loaded.model.config.to_dict()) is not None, loaded.tokenizer
@@ -526,7 +525,7 @@ def _result(
         "sweep": trial.sweep,
         "status": outcome.status,
         "config": trial.resolved(),
-        "headline": TASKS[trial.task.name].headline,
+        "headline": trial.task.facts.headline,
         "best": dataclasses.asdict(outcome.best) if outcome.best else None,
         "last": dataclasses.asdict(outcome.last) if outcome.last else None,
         "diverged_step": outcome.diverged_step,
@@ -556,7 +555,7 @@ def load(folder: str | Path, methods: Sequence[type[Method]] = ()) -> Fleet:
     """
     stored = results.read(folder)
     trial = Trial.from_config(stored.result["config"])
-    task, target = TASKS[trial.task.name], trial.method.target
+    task, target = trial.task.facts, trial.method.target
     known = [f"{method.__module__}.{method.__qualname__}" for method in methods]
     if target not in known and not target.startswith("delora.methods."):
         named = f"delora.load({str(folder)!r}, methods=[{target.rpartition('.')[2]}])"

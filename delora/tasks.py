@@ -1,4 +1,4 @@
-"""The facts of the nine GLUE tasks: the only place that knows them. Imports nothing heavy.
+"""Tasks: the facts of GLUE's nine, which only this file knows, and those of one's own. Imports nothing heavy.
 
 Sources: column names, label order and row counts are those of `nyu-mll/glue` on the Hugging Face hub; folders, files
 and TSV columns are those of the GLUE distribution; headline metrics and split sizes are the DeLoRA paper's and code's.
@@ -6,17 +6,18 @@ and TSV columns are those of the GLUE distribution; headline metrics and split s
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
 class Task:
-    """One GLUE task.
+    """One task: GLUE's, or one's own, which has a name, labels and metrics alone.
 
     Attributes:
-        name: the task's name on the hub, "mrpc".
-        folder: its folder in the GLUE distribution, "MRPC".
+        name: the task's name; on the hub, "mrpc".
+        labels: the label names in the order of their ids, or None where the label is a score (GLUE's are 0 to 5).
+        folder: its folder in the GLUE distribution, "MRPC"; what reports call it.
         text: the text columns on the hub, in the order the tokenizer gets them.
-        labels: the label names in the order of their ids, or None where the label is a score from 0 to 5.
         rows: the number of rows of each split, by the hub's name of the split.
         sha256: the hash of each split's published rows, as `delora.data.hash_of` gives it, computed from GLUE's own
             files. It is not known of the tasks whose files were not at hand.
@@ -30,12 +31,12 @@ class Task:
     """
 
     name: str
-    folder: str
-    text: tuple[str, ...]
     labels: tuple[str, ...] | None
-    rows: Mapping[str, int] = field(hash=False)
-    tsv_text: tuple[str, ...] | tuple[int, ...]
-    tsv_label: str | int
+    folder: str = ""
+    text: tuple[str, ...] = ()
+    rows: Mapping[str, int] = field(default_factory=dict, hash=False)
+    tsv_text: tuple[str, ...] | tuple[int, ...] = ()
+    tsv_label: str | int = ""
     sha256: Mapping[str, str] = field(default_factory=dict, hash=False)
     tsv_label_names: bool = False
     empty_text: bool = False
@@ -177,3 +178,11 @@ TASKS: dict[str, Task] = {
         ),
     )
 }
+
+
+def of(config: Mapping[str, Any]) -> Task:
+    """The task that the section `task` of a checked config means: GLUE's by its name, or one's own by what it says."""
+    if "labels" not in config:
+        return TASKS[config["name"]]
+    labels, metrics = config["labels"], tuple(config["metric"])
+    return Task(config["name"], tuple(labels) if labels else None, config["name"], metrics=metrics, headline=metrics[0])
