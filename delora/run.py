@@ -31,6 +31,7 @@ from delora.data.batches import Tokens
 from delora.data.splits import paper_split
 from delora.errors import UserError
 from delora.methods.base import Method
+from delora.metrics import guessing
 from delora.missing import missing_encoder, start_of, start_sha256
 from delora.model import DTYPES, Fleet, check_unknown
 from delora.results import Extent, Result, ResultsError, TrialFolder
@@ -87,7 +88,12 @@ def run_fleet(
             "compiled": compiled,
             "recorded": fleet.recorded,
         },
-        data={"source": dataset.source, "sha256": dataset.sha256, "published": dataset.published},
+        data={
+            "source": dataset.source,
+            "sha256": dataset.sha256,
+            "published": dataset.published,
+            "guessing": guessing(dataset),
+        },
         weights={"source": encoder.source, "sha256": encoder.sha256, "revision": encoder.revision},
         start=start,
     )
@@ -229,7 +235,9 @@ def for_trials(task: Task, tokens: Mapping[str, Tokens], trials: Sequence[Trial]
     rows = len(tokens["validation"])
     data = Data(task, tokens["train"], tokens["validation"], torch.arange(rows).expand(len(trials), -1))
     data.mismatched = tokens.get("validation_mismatched")
-    if trials[0].protocol.name == "paper":
+    if (test := tokens.get("test")) is not None:
+        data.test, data.test_KS = test, torch.arange(len(test)).expand(len(trials), -1)
+    elif trials[0].protocol.name == "paper":
         splits = [paper_split(task, trial.seed, rows) for trial in trials]
         data.validation_KS = torch.stack([torch.as_tensor(validation) for validation, _ in splits])
         data.test_KS = torch.stack([torch.as_tensor(test) for _, test in splits])

@@ -181,8 +181,11 @@ TASKS: dict[str, Task] = {
 
 
 def of(config: Mapping[str, Any]) -> Task:
-    """The task that the section `task` of a checked config means: GLUE's by its name, or one's own by what it says."""
+    """The task that the section `task` of an identified or a stored config means.
+
+    GLUE's by its name; of one's own the section says what it is.
+    """
     if "labels" not in config:
         return TASKS[config["name"]]
-    labels, metrics = config["labels"], tuple(config["metric"])
-    return Task(config["name"], tuple(labels) if labels else None, config["name"], metrics=metrics, headline=metrics[0])
+    name, labels, metrics = config["name"], config["labels"], tuple(config["metric"])
+    return Task(name, tuple(labels) if labels else None, name, metrics=metrics, headline=metrics[0])

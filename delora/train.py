@@ -29,13 +29,15 @@ VALIDATION = "validation"
 
 @dataclass
 class Data:
-    """What K trials train and are scored on; the indices point into `validation`."""
+    """What K trials train and are scored on; the indices point into `validation`, those of `test_KS` into `test` where
+    that is rows of its own."""
 
     task: Task
     train: Tokens
     validation: Tokens
     validation_KS: Tensor
     test_KS: Tensor | None = None
+    test: Tokens | None = None
     mismatched: Tokens | None = None
 
 
@@ -347,7 +349,7 @@ def _scores(fleet: Fleet, data: Data, alive: list[bool], epoch: int, step: int) 
 
 def _score(task: Task, logits_SC: Tensor, labels_S: Tensor) -> dict[str, float]:
     predictions = logits_SC[:, 0] if task.labels is None else logits_SC.argmax(-1)
-    return score(task, predictions.cpu().numpy(), labels_S.cpu().numpy())
+    return score(task, predictions.cpu().numpy(), labels_S.cpu().numpy(), logits_SC.float().cpu().numpy())
 
 
 def _better(new: Score, best: Score | None, headline: str) -> bool:
@@ -396,7 +398,7 @@ def _score_final(fleet: Fleet, data: Data, state: State) -> None:
                 last.validation[MISMATCHED] = accuracy
     state.optimizer.values.copy_(state.best_values)
     if data.test_KS is not None:
-        for k, metrics in score_rows(data.validation, data.test_KS, "test").items():
+        for k, metrics in score_rows(data.test or data.validation, data.test_KS, "test").items():
             best[k].test = metrics
     if data.mismatched is not None:
         for k, accuracy in mismatched().items():

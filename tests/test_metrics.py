@@ -67,8 +67,8 @@ def test_values_computed_by_hand(task, predictions, labels, expected):
 def test_evaluates_own_way_of_computing_gives_the_same(name):
     task, random = TASKS[name], np.random.RandomState(1)
     predictions, labels = draw(task, "random", 50, random), draw(task, "random", 50, random)
-    assert isinstance(metric(name), evaluate.Metric)
-    assert metric(name).compute(predictions=predictions, references=labels) == score(task, predictions, labels)
+    assert isinstance(metric(task), evaluate.Metric)
+    assert metric(task).compute(predictions=predictions, references=labels) == score(task, predictions, labels)
 
 
 def test_undefined_correlations_are_nan_without_a_warning():
@@ -108,7 +108,7 @@ import numpy as np
 from delora.metrics import metric, score
 from delora.tasks import TASKS
 print(score(TASKS["mrpc"], np.array([0, 1]), np.array([0, 1])))
-print(metric("stsb").compute(predictions=np.arange(3.0), references=np.arange(3.0)))
+print(metric(TASKS["stsb"]).compute(predictions=np.arange(3.0), references=np.arange(3.0)))
 """
     home = tmp_path / "home"
     environment = {**os.environ, "HF_HOME": str(home), "HOME": str(home), "XDG_CACHE_HOME": str(home)}

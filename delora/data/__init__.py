@@ -2,8 +2,9 @@
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -16,11 +17,11 @@ class Rows:
     """The rows of one split.
 
     Attributes:
-        texts: a tuple of texts (one or two) a row.
+        texts: a tuple of texts (one or two) a row; of one's own rows they are read when they are asked for.
         labels: (rows,) int64 class ids, or float64 scores.
     """
 
-    texts: list[tuple[str, ...]]
+    texts: Sequence[tuple[str, ...]]
     labels: np.ndarray
 
     def __len__(self) -> int:
@@ -30,10 +31,10 @@ class Rows:
 @dataclass
 class Dataset:
     """The splits "train" and "validation" of a task; MNLI's validation is the matched one, beside
-    "validation_mismatched".
+    "validation_mismatched"; of one's own rows there may be a "test".
 
     Attributes:
-        source: "files", "cache", "hub" or "synthetic".
+        source: "files", "cache", "hub" or "synthetic"; of one's own rows where those to train on are.
         sha256: a hash of all rows in order; the same rows have the same hash from every source.
         published: whether the rows are GLUE's published ones by their hash; None where that is not known.
     """
@@ -52,19 +53,27 @@ def load(
     dir: str | None = None,
     rows: Mapping[str, int] | None = None,
     seed: int = 0,
+    **places: Any,
 ) -> Dataset:
     """Loads the rows of a task: from TSV files if a folder is given, else the Hugging Face cache, else the hub.
 
     Args:
-        source: "auto", or "synthetic" for generated sentences.
+        source: "auto", "synthetic" for generated sentences, or "files" for one's own rows.
         dir: a folder with GLUE's official layout (MRPC/train.tsv, ...); None takes the environment variable
             DELORA_DATA, where set.
         rows: rows of "train" and "validation" (MNLI: of each), synthetic data only; None takes GLUE's sizes.
-        seed: of the generator, synthetic data only.
+        seed: of the generator, or of the cut of one's own rows.
+        places: of one's own rows, as `delora.data.files.read` takes them.
 
     Raises:
         UserError: rows are missing or not GLUE's; all faults of all files together.
     """
+    if source == "files":
+        from delora.data import files
+
+        kind = "classes" if task.labels else "regression"
+        _, own, _ = files.read(name=task.name, kind=kind, labels=task.labels, metric=task.metrics, seed=seed, **places)
+        return Dataset(task, own, str(places["train"]), hash_of(task, own), None)
     if source == "synthetic":
         from delora.data.synthetic import generate
 
@@ -81,7 +90,7 @@ def load(
 
 def missing(task: Task, *, source: str = "auto", dir: str | None = None) -> str | None:
     """What `load` would not find and the commands that mend it, or None. Answers within seconds and reads no rows."""
-    if source == "synthetic":
+    if source in ("synthetic", "files"):
         return None
     from delora.data import glue
 
@@ -122,10 +131,11 @@ def hash_of(task: Task, splits: Mapping[str, Rows]) -> str:
     """The sha256 of rows, in order, by split."""
     digest = hashlib.sha256(task.name.encode())
     for name, rows in sorted(splits.items()):
-        texts = [text.encode() for row in rows.texts for text in row]
         labels = rows.labels.astype("<i8" if task.labels else "<f8")
         # Lengths keep the borders between texts, so that no two lists of rows hash alike.
-        lengths = np.array([len(text) for text in texts], dtype="<i8")
-        for part in (f"{name} {len(rows)}".encode(), lengths.tobytes(), b"".join(texts), labels.tobytes()):
-            digest.update(part)
+        lengths = np.array([len(text.encode()) for row in rows.texts for text in row], dtype="<i8")
+        digest.update(f"{name} {len(rows)}".encode() + lengths.tobytes())
+        for row in rows.texts:
+            digest.update("".join(row).encode())
+        digest.update(labels.tobytes())
     return digest.hexdigest()

@@ -65,7 +65,7 @@ class Tokens:
         score_dtype: the dtype of regression labels.
 
     Attributes:
-        inputs: (tokens of all examples,) int32, one example after the other.
+        inputs: (tokens of all examples,) int32 or int8, one example after the other.
         lengths_S: tokens of each example, int64, on the CPU.
         longest: the tokens of the longest example.
         cut: how many examples were.
@@ -136,7 +136,7 @@ class Tokens:
         # What fills a row has no effect; it takes the place of a first token, which always is.
         inside_KN = torch.where(real_KN, position_KN, 0)
         token_KN = self._first_S[index].gather(1, example_KN) + inside_KN
-        inputs = {name: ids[token_KN] for name, ids in self.inputs.items()}
+        inputs = {name: ids[token_KN].int() for name, ids in self.inputs.items()}
         if packed:
             position_KN = inside_KN
         else:

@@ -59,9 +59,11 @@ class Origin(TypedDict):
 
 
 class DataOrigin(Origin):
-    """`published`: whether the rows are GLUE's published ones, null where that is not known; absent in old results."""
+    """`published`: whether the rows are GLUE's published ones, null where that is not known. `guessing`: the headline
+    score of always guessing the same. Both are absent in old results."""
 
     published: NotRequired[bool | None]
+    guessing: NotRequired[float]
 
 
 class MadeBy(TypedDict):
