@@ -27,6 +27,7 @@ METHODS = [
     for path in sorted((conf_folder() / "method").glob("*.yaml"))
     if not find(OmegaConf.load(path)["_target_"]).alone
 ]
+NARROWEST = 32  # width of an encoder of these tests: the ranks of methods that somebody adds may be above
 GROUPS = {path.name for path in conf_folder().iterdir() if path.is_dir()}
 
 
@@ -72,7 +73,10 @@ def compose_trial(*overrides: str) -> Trial:
 @functools.cache
 def _composed(*choices: str) -> DictConfig:
     with initialize_config_dir(str(conf_folder()), version_base="1.3"):
-        return compose("config", overrides=list(choices))
+        config = compose("config", overrides=list(choices))
+    if (config.method.get("rank") or 0) > NARROWEST:
+        config.method.rank = NARROWEST
+    return config
 
 
 def compose_trials(common: Iterable[str], values: Iterable[dict[str, object]]) -> list[Trial]:

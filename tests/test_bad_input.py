@@ -186,7 +186,7 @@ WRONG = {
     f"{RUN} --config-dir HERE/lacking method=mine": "method.betas: is missing",
     f"{RUN} --config-dir HERE/option method=mine": "method.mine=3: LoRA has no such option",
     f"{RUN} --config-dir HERE/nul experiment=mine": r"output_dir=a\x00b: a path holds no NUL character",
-    f"{RUN} --config-dir HERE/escape experiment=mine": r"task.name=\x1b[31mred: expected one of",
+    f"{RUN} --config-dir HERE/escape experiment=mine": r"task.name=\x1b[31mred: expected up to",
     # folders of data, encoders and results
     f"{GLUE} data.dir=HERE/nosuch": "there is no folder",
     f"{GLUE} data.dir=HERE/glue": "RTE",

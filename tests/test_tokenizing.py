@@ -77,7 +77,8 @@ def test_tokens_are_those_of_the_tokenizer_called_for_each_row(name, what):
                 assert ids[end - length : end].tolist() == expected[key][0], row
             cut += len(theirs(*columns)["input_ids"][0]) > max_length
         assert ours.cut == cut and len(ours.inputs["input_ids"]) == ends[-1]
-        assert all(ids.dtype == np.int32 for ids in ours.inputs.values())
+        dtypes = {"input_ids": np.int32, "token_type_ids": np.int8}
+        assert all(ids.dtype == dtypes[key] for key, ids in ours.inputs.items())
     assert len(tokenizer(["word " * 60])["input_ids"][0]) > 16  # what was set for a split is not left to the next call
 
 

@@ -177,7 +177,7 @@ def _make_room(folder: Path, most: int) -> None:
 
 def _content_hash(arrays: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
-    for name, array in sorted(arrays.items()):
-        digest.update(f"{name} {array.dtype} {array.shape} ".encode())
-        digest.update(np.ascontiguousarray(array).data)
+    for name, values in sorted(arrays.items()):
+        digest.update(f"{name} {values.dtype} {values.shape} ".encode())
+        digest.update(np.ascontiguousarray(values).data)
     return digest.hexdigest()
