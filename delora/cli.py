@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from omegaconf import DictConfig
 
     from delora.config import Trial
-    from delora.results import Result
+    from delora.storage import Result
 
 INTERRUPTION = "delora-run: interrupted; the same command goes on from the last checkpoint"
 FAILED, DIVERGED, INTERRUPTED = 1, 3, 130

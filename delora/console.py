@@ -17,7 +17,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from delora.config import Trial
-from delora.results import Result, Scores, flatten
+from delora.storage import Result, Scores, flatten
 from delora.terminal import printable
 
 if TYPE_CHECKING:

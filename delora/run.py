@@ -21,7 +21,7 @@ import transformers
 from omegaconf import OmegaConf
 
 from delora import data as rows_of
-from delora import encoders, pretrained, results, tasks
+from delora import encoders, pretrained, storage, tasks
 from delora.attention import kernels
 from delora.cli import conf_folder
 from delora.config import NOT_THE_TRIAL, ModelConfig, Trial
@@ -33,7 +33,7 @@ from delora.errors import UserError
 from delora.methods.base import Method
 from delora.missing import missing_encoder, start_of, start_sha256
 from delora.model import DTYPES, Fleet, check_unknown
-from delora.results import Extent, Result, ResultsError, TrialFolder
+from delora.storage import Extent, Result, ResultsError, TrialFolder
 from delora.tasks import Task
 from delora.tracking import Tracker, Tracking
 from delora.train import Data, Outcome, Score, State, Totals, train
@@ -77,7 +77,7 @@ def run_fleet(
     fleet = Fleet(encoder.model, trials, device, encoder.lacking)
     start = begin(fleet, encoder) if config.method.start else None
     compiled = choose_speed(fleet, config.compile)
-    made_by = results.provenance(
+    made_by = storage.provenance(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         precision=config.precision,
         determinism={
@@ -112,7 +112,7 @@ def run_fleet(
     return found, recorder.errors
 
 
-def begin(fleet: Fleet, encoder: pretrained.Pretrained) -> results.Origin:
+def begin(fleet: Fleet, encoder: pretrained.Pretrained) -> storage.Origin:
     """Has the trials begin with what `method.start` names; where that is from.
 
     Raises:
@@ -125,7 +125,7 @@ def begin(fleet: Fleet, encoder: pretrained.Pretrained) -> results.Origin:
         told = f"its adapter was trained on weights with sha256 {made_with}, these have {encoder.sha256}"
         raise UserError(f"method.start={trial.method.start}: {told}")
     before = tasks.of(stored.result["config"]["task"])
-    fleet.begin_with(stored.tensors(results.ADAPTER, "pt"), head=before.labels == trial.task.facts.labels)
+    fleet.begin_with(stored.tensors(storage.ADAPTER, "pt"), head=before.labels == trial.task.facts.labels)
     return {"source": stored.result["id"], "sha256": start_sha256(stored)}
 
 
@@ -304,7 +304,7 @@ class StateFile:
         self.stored: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
         if stored := read_state(path):
             self.stored = stored
-            differing = results.differences(stored[1]["origin"], self.about["origin"])
+            differing = storage.differences(stored[1]["origin"], self.about["origin"])
             if stored[1]["trials"] != self.about["trials"] or differing:
                 lines = "\n".join(differing)
                 raise UserError(f"{path}: training began with another input:\n{lines}\nDelete it to begin anew.")
@@ -341,7 +341,7 @@ def read_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | N
     if not os.path.lexists(path):
         return None
     try:
-        tensors, described = results.read_tensors(path, "pt")
+        tensors, described = storage.read_tensors(path, "pt")
         if described["sha256"] != _digest(tensors, described["state"]):
             raise ValueError("it has another sha256 than when it was written")
         return tensors, json.loads(described["state"])
@@ -354,11 +354,11 @@ def write_state(path: Path, root: Path, tensors: Mapping[str, torch.Tensor], pla
     """Writes what `read_state` reads. Raises ResultsError where that fails.
 
     Args:
-        root: of `results.Folder`.
+        root: of `storage.Folder`.
     """
     on_cpu, text = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, json.dumps(plain)
     data = safetensors.torch.save(on_cpu, {"state": text, "sha256": _digest(on_cpu, text)})
-    results.replace(path, data, root)
+    storage.replace(path, data, root)
 
 
 def _digest(tensors: Mapping[str, torch.Tensor], text: str) -> str:
@@ -403,7 +403,7 @@ class Recorder:
         for folder in self.folders:
             if folder and folder not in going:
                 logger.warning(
-                    "%s is not as the last checkpoint left it; the trial begins anew", folder.path / results.METRICS
+                    "%s is not as the last checkpoint left it; the trial begins anew", folder.path / storage.METRICS
                 )
         if not any(going):
             return False
@@ -458,8 +458,8 @@ class Recorder:
         def write(folder: TrialFolder) -> None:
             if outcome.best is not None:
                 described["epoch"] = str(outcome.best.epoch)
-                folder.save_tensors(results.ADAPTER, outcome.adapter, described)
-                folder.save_tensors(results.PREDICTIONS, outcome.predictions, described)
+                folder.save_tensors(storage.ADAPTER, outcome.adapter, described)
+                folder.save_tensors(storage.PREDICTIONS, outcome.predictions, described)
             folder.finish(result)
 
         if not self._write(trial, write):
@@ -487,7 +487,7 @@ class Recorder:
             return False
 
 
-def stand_for(trained: results.StoredTrial, trial: Trial, folder: TrialFolder, tracking: Tracking) -> Result:
+def stand_for(trained: storage.StoredTrial, trial: Trial, folder: TrialFolder, tracking: Tracking) -> Result:
     """Ends a trial, whose folder is open, as one has ended whose training was the same; wandb has both.
 
     Raises:
@@ -495,10 +495,10 @@ def stand_for(trained: results.StoredTrial, trial: Trial, folder: TrialFolder, t
     """
     folder.copy(trained)
     tracker = tracking.start(trial.id, trial.resolved(), folder.path, group=trial.sweep, ignore=NOT_THE_TRIAL)
-    for line in trained.content(results.METRICS).splitlines():
+    for line in trained.content(storage.METRICS).splitlines():
         _track(tracker, json.loads(line))
-    own = {"schema": results.SCHEMA, "id": trial.id, "sweep": trial.sweep, "config": trial.resolved()}
-    result = cast(Result, {**results.without_hashes(trained.result), **own, "trained_as": trained.result["id"]})
+    own = {"schema": storage.SCHEMA, "id": trial.id, "sweep": trial.sweep, "config": trial.resolved()}
+    result = cast(Result, {**storage.without_hashes(trained.result), **own, "trained_as": trained.result["id"]})
     folder.finish(result)
     tracker.finish(result["status"], {"best": result["best"], "last": result["last"]})
     return result
@@ -517,10 +517,10 @@ def _track(tracker: Tracker | None, line: Mapping[str, Any]) -> None:
 
 
 def _result(
-    trial: Trial, outcome: Outcome, totals: Totals, fleet: Fleet, made_by: results.MadeBy, seconds: float
+    trial: Trial, outcome: Outcome, totals: Totals, fleet: Fleet, made_by: storage.MadeBy, seconds: float
 ) -> Result:
     result = {
-        "schema": results.SCHEMA,
+        "schema": storage.SCHEMA,
         "id": trial.id,
         "sweep": trial.sweep,
         "status": outcome.status,
@@ -553,7 +553,7 @@ def load(folder: str | Path, methods: Sequence[type[Method]] = ()) -> Fleet:
         UserError: the folder holds no finished trial, its files are not those it ended with, it names a method or a
             package that is not known, or the encoder is not the one it was trained on.
     """
-    stored = results.read(folder)
+    stored = storage.read(folder)
     trial = Trial.from_config(stored.result["config"])
     task, target = trial.task.facts, trial.method.target
     known = [f"{method.__module__}.{method.__qualname__}" for method in methods]
@@ -569,7 +569,7 @@ def load(folder: str | Path, methods: Sequence[type[Method]] = ()) -> Fleet:
     if encoder.sha256 != made_with:
         raise UserError(f"{folder}: trained on weights with sha256 {made_with}, this machine has {encoder.sha256}")
     fleet = Fleet(encoder.model, [trial], torch.device("cpu"), encoder.lacking)
-    fleet.load_trial_state(0, stored.tensors(results.ADAPTER, "pt"))
+    fleet.load_trial_state(0, stored.tensors(storage.ADAPTER, "pt"))
     fleet.tokenizer = encoder.tokenizer
     return fleet.eval()
 

@@ -36,7 +36,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from delora import attention, encoders, overrides, pretrained, results, run
+from delora import attention, encoders, overrides, pretrained, run, storage
 from delora.cli import conf_folder
 from delora.config import Trial
 from delora.data import Rows
@@ -312,7 +312,7 @@ class Benchmark:
             "steps": options.steps,
             "epoch_seconds": self.epochs,
             "tokens": {"real": tokens.real_tokens, "computed": tokens.computed_tokens, "steps": tokens.steps},
-            "hardware": torch.cuda.get_device_name() if self.compiles else results.cpu_name(),
+            "hardware": torch.cuda.get_device_name() if self.compiles else storage.cpu_name(),
             "threads": torch.get_num_threads(),
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
             "options": {k: str(v) for k, v in vars(options).items()},

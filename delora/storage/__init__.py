@@ -12,10 +12,10 @@ Files other than the two that grow are replaced whole: a reader sees the old one
 Nothing is written through a link, nothing but regular files is read.
 """
 
-from delora.results.files import Folder, ResultsError, content, replace
-from delora.results.made_by import cpu_name, provenance
-from delora.results.reading import Found, StoredTrial, find, finished, read, read_tensors, stored_config
-from delora.results.schema import (
+from delora.storage.files import Folder, ResultsError, content, replace
+from delora.storage.made_by import cpu_name, provenance
+from delora.storage.reading import Found, StoredTrial, find, finished, read, read_tensors, stored_config
+from delora.storage.schema import (
     ADAPTER,
     CONFIG,
     LOG,
@@ -38,7 +38,7 @@ from delora.results.schema import (
     flatten,
     without_hashes,
 )
-from delora.results.writing import WAYS_ON, ConfigChanged, InUse, TrialFolder, open_trial, set_aside
+from delora.storage.writing import WAYS_ON, ConfigChanged, InUse, TrialFolder, open_trial, set_aside
 
 __all__ = [
     "ADAPTER",

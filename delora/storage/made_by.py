@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
-from delora.results.schema import DataOrigin, MadeBy, Origin
+from delora.storage.schema import DataOrigin, MadeBy, Origin
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "safetensors", "hydra-core")
 
