@@ -21,7 +21,7 @@ import transformers
 from omegaconf import OmegaConf
 
 from delora import data as rows_of
-from delora import encoders, pretrained, storage, tasks
+from delora import encoders, pretrained, storage, tasks, winner
 from delora.attention import kernels
 from delora.cli import conf_folder
 from delora.config import NOT_THE_TRIAL, ModelConfig, Trial
@@ -33,6 +33,7 @@ from delora.errors import UserError
 from delora.methods.base import Method
 from delora.missing import missing_encoder, start_of, start_sha256
 from delora.model import DTYPES, Fleet, check_unknown
+from delora.predict import text_sha256
 from delora.storage import Extent, Result, ResultsError, TrialFolder
 from delora.tasks import Task
 from delora.tracking import Tracker, Tracking
@@ -103,7 +104,9 @@ def run_fleet(
         console.begin(trials, task.headline, -(-len(data.train) // config.batch_size) * config.epochs)
         outcomes, totals = train(fleet, data, recorder, checkpoint)
         found = {}
+        sha256 = {split: row_sha256(rows) for split, rows in dataset.splits.items() if split != "train"}
         for k, outcome in enumerate(outcomes):
+            name_rows(outcome.predictions, k, data, sha256)
             if recorder.folders[k] is not None:
                 result = _result(trials[k], outcome, totals, fleet, made_by, time.perf_counter() - started)
                 if recorder.finish(k, outcome, result):
@@ -234,6 +237,31 @@ def for_trials(task: Task, tokens: Mapping[str, Tokens], trials: Sequence[Trial]
         data.validation_KS = torch.stack([torch.as_tensor(validation) for validation, _ in splits])
         data.test_KS = torch.stack([torch.as_tensor(test) for _, test in splits])
     return data
+
+
+def row_sha256(rows: Rows) -> torch.Tensor:
+    """The bytes (S, 8) of each row's `text_sha256`."""
+    digests = b"".join(bytes.fromhex(text_sha256(texts)) for texts in rows.texts)
+    return torch.frombuffer(bytearray(digests), dtype=torch.uint8).view(len(rows), -1)
+
+
+def name_rows(predictions: dict[str, torch.Tensor], trial: int, data: Data, sha256: Mapping[str, torch.Tensor]) -> None:
+    """Adds to a trial's logits which rows they are of: numbers in the data's split, hashes of texts, and labels.
+
+    Args:
+        sha256: of the rows of each split, as `row_sha256`.
+    """
+    parts = {"validation": data.validation_KS[trial]}
+    if data.test_KS is not None:
+        parts["test"] = data.test_KS[trial]
+    known = {name: (data.validation, "validation", row_S) for name, row_S in parts.items()}
+    if data.mismatched is not None:
+        known["mismatched"] = data.mismatched, "validation_mismatched", torch.arange(len(data.mismatched))
+    for name, (tokens, split, row_S) in known.items():
+        if name in predictions:
+            predictions[f"{name}.row"] = row_S
+            predictions[f"{name}.text_sha256"] = sha256[split][row_S]
+            predictions[f"{name}.label"] = tokens.labels_S.cpu()[row_S]
 
 
 class Stop:
@@ -540,20 +568,22 @@ def _result(
     return cast(Result, result)  # checked when it is written
 
 
-def load(folder: str | Path, methods: Sequence[type[Method]] = ()) -> Fleet:
-    """The model of a finished trial, in evaluation mode: `load(folder)(**inputs).logits`, inputs (B, T).
+def load(folder: str | Path, methods: Sequence[type[Method]] = (), device: str = "cpu") -> Fleet:
+    """The model of a finished trial, in evaluation mode: `load(folder).predict(texts)` gives labels and probabilities,
+    `load(folder)(**inputs).logits` logits of inputs (B, T).
 
     Its `tokenizer` is the encoder's; `merge()` gives a plain transformers model. The folder may be a stranger's: no
     code is run that it names, but that of delora and of `methods`.
 
     Args:
         methods: classes outside of `delora.methods` that the trial may have been trained with.
+        device: "cpu", "cuda", "cuda:1", "mps", or "auto" for the first accelerator there is.
 
     Raises:
         UserError: the folder holds no finished trial, its files are not those it ended with, it names a method or a
             package that is not known, or the encoder is not the one it was trained on.
     """
-    stored = storage.read(folder)
+    stored, place = winner.trial_in(folder), choose_device(device)
     trial = Trial.from_config(stored.result["config"])
     task, target = trial.task.facts, trial.method.target
     known = [f"{method.__module__}.{method.__qualname__}" for method in methods]
@@ -568,7 +598,7 @@ def load(folder: str | Path, methods: Sequence[type[Method]] = ()) -> Fleet:
     made_with = stored.result["made_by"]["weights"]["sha256"]
     if encoder.sha256 != made_with:
         raise UserError(f"{folder}: trained on weights with sha256 {made_with}, this machine has {encoder.sha256}")
-    fleet = Fleet(encoder.model, [trial], torch.device("cpu"), encoder.lacking)
+    fleet = Fleet(encoder.model, [trial], place, encoder.lacking)
     fleet.load_trial_state(0, stored.tensors(storage.ADAPTER, "pt"))
     fleet.tokenizer = encoder.tokenizer
     return fleet.eval()

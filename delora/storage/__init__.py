@@ -6,7 +6,7 @@ A trial's folder holds
     result.json              a `Result`, written last: its `status` alone says how the trial ended, its hashes what
                              the files beside it have to be
     adapter.safetensors      the best adapter with the head
-    predictions.safetensors  logits of that checkpoint
+    predictions.safetensors  logits of that checkpoint by split, each with its rows' numbers, hashes of texts and labels
     log.txt                  what happened, with the traceback of a trial that failed
 Files other than the two that grow are replaced whole: a reader sees the old one or the new one, never a part.
 Nothing is written through a link, nothing but regular files is read.
