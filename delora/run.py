@@ -18,12 +18,11 @@ from typing import Any, Self, cast
 import safetensors.torch
 import torch
 import transformers
-from omegaconf import OmegaConf
 
 from delora import data as rows_of
 from delora import encoders, pretrained, storage, tasks, winner
+from delora.again import check_source
 from delora.attention import kernels
-from delora.cli import conf_folder
 from delora.config import NOT_THE_TRIAL, ModelConfig, Trial
 from delora.console import Console
 from delora.data import Dataset, Rows
@@ -587,11 +586,8 @@ def load(folder: str | Path, methods: Sequence[type[Method]] = (), device: str =
     trial = Trial.from_config(stored.result["config"])
     task, target = trial.task.facts, trial.method.target
     known = [f"{method.__module__}.{method.__qualname__}" for method in methods]
-    if target not in known and not target.startswith("delora.methods."):
-        named = f"delora.load({str(folder)!r}, methods=[{target.rpartition('.')[2]}])"
-        raise UserError(f"{folder}: trained with {target}, which is no method of delora; if it is yours: {named}")
-    if unknown := set(trial.model.packages) - known_packages():
-        raise UserError(f"{folder}: its encoder is in {', '.join(sorted(unknown))}, which no file of conf/model names")
+    way = f"delora.load({str(folder)!r}, methods=[{target.rpartition('.')[2]}])"
+    check_source(folder, target, trial.model.packages, known, way)
     if lack := missing_encoder(trial.model):
         raise UserError(f"missing on this machine:\n{lack}")
     encoder = pretrained.load(trial.model, task)
@@ -602,10 +598,3 @@ def load(folder: str | Path, methods: Sequence[type[Method]] = (), device: str =
     fleet.load_trial_state(0, stored.tensors(storage.ADAPTER, "pt"))
     fleet.tokenizer = encoder.tokenizer
     return fleet.eval()
-
-
-def known_packages() -> set[str]:
-    """The packages with an encoder that conf/model names."""
-    options = [OmegaConf.load(path) for path in (conf_folder() / "model").glob("*.yaml")]
-    named = [option.package for option in options if "package" in option]
-    return {package for names in named for package in ([names] if isinstance(names, str) else names)}

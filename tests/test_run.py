@@ -16,12 +16,13 @@ from omegaconf import OmegaConf
 
 import delora
 from delora import storage
+from delora.again import known_packages
 from delora.data import load
 from delora.data.batches import Tokens
 from delora.errors import UserError
 from delora.methods.lora import LoRA
 from delora.missing import identified
-from delora.run import Interrupted, Stop, known_packages
+from delora.run import Interrupted, Stop
 from delora.sweep import run
 from delora.tasks import TASKS
 from delora.train import predict

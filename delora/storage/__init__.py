@@ -13,7 +13,7 @@ Nothing is written through a link, nothing but regular files is read.
 """
 
 from delora.storage.files import Folder, ResultsError, content, replace
-from delora.storage.made_by import cpu_name, provenance
+from delora.storage.made_by import cpu_name, provenance, versions
 from delora.storage.reading import Found, StoredTrial, find, finished, read, read_tensors, stored_config
 from delora.storage.schema import (
     ADAPTER,
@@ -80,5 +80,6 @@ __all__ = [
     "replace",
     "set_aside",
     "stored_config",
+    "versions",
     "without_hashes",
 ]
