@@ -130,7 +130,7 @@ def best(folder: str | Path, by: str = "validation", *, task: str | None = None,
     if task is not None and task not in tasks:
         raise UserError(printable(f"{folder}: task={task}: {expected(task, tasks)}"))
     if task is None and len(tasks) > 1:
-        raise UserError(printable(f"{folder} holds trials of several tasks, say which: task={' or task='.join(tasks)}"))
+        raise UserError(printable(f"{folder} holds trials of several tasks, say which task: {', '.join(tasks)}"))
     trials = [t for t in trials if task in (None, look_up(t.result["config"], "task.name"))]
     chosen = choose(trials, by)
     if len(chosen) > 1:

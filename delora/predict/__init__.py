@@ -3,7 +3,9 @@
 Shapes: S texts, C labels.
 """
 
+import functools
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,8 @@ if TYPE_CHECKING:
     from delora.model import Fleet
 
     Texts = Sequence[str] | Sequence[tuple[str, ...]]
+
+logger = logging.getLogger(__name__)
 
 AT_ONCE = 1 << 14  # texts whose tokens are in memory, and which are sorted by length
 
@@ -94,14 +98,23 @@ def predict(
     if tokenizer is None:
         raise UserError("a model without a tokenizer cannot read texts: delora.load gives one with it")
     rows = as_rows(task, texts)
-    logits_KSC = np.empty((len(fleet.trials), len(rows), task.num_labels))
+    logits_KSC, longest, cut = np.empty((len(fleet.trials), len(rows), task.num_labels)), fleet.trials[0].max_length, 0
     for first in range(0, len(rows), AT_ONCE):
         some = rows[first : first + AT_ONCE]
         unknown_S = np.zeros(len(some), dtype=np.int64)
-        tokens = Tokens(Rows(some, unknown_S), tokenizer, fleet.trials[0].max_length, fleet.device, fleet.dtype)
+        tokens = Tokens(Rows(some, unknown_S), tokenizer, longest, fleet.device, fleet.dtype)
+        cut += tokens.cut
         index_KS = torch.arange(len(some)).expand(len(fleet.trials), -1)
         logits_KSC[:, first : first + AT_ONCE] = train.predict(fleet, tokens, index_KS, batch_size, progress).cpu()
+    if cut:
+        _say(f"{cut} of {len(rows)} texts are longer than max_length={longest} tokens and were cut")
     return mean(Predictions(task.labels, logits_SC) for logits_SC in logits_KSC)
+
+
+@functools.cache
+def _say(text: str) -> None:
+    """Warns once of texts that are predicted by one trial after the other."""
+    logger.warning("%s", text)
 
 
 def as_rows(task: Task, texts: "Texts") -> list[tuple[str, ...]]:
@@ -116,11 +129,11 @@ def as_rows(task: Task, texts: "Texts") -> list[tuple[str, ...]]:
     for number, given in enumerate(texts):
         row = (given,) if isinstance(given, str) else tuple(given) if isinstance(given, list | tuple) else ()
         if not all(isinstance(text, str) for text in row) or len(row) not in (1, 2):
-            raise UserError(f"texts[{number}]: expected a text or a pair of texts, not {printable(repr(given)[:80])}")
+            raise UserError(f"row {number}: expected a text or a pair of texts, not {printable(repr(given)[:80])}")
         wanted = len(task.text) or len(rows[0] if rows else row)
         if len(row) != wanted:
             plural = ("one text", "two texts")
-            raise UserError(f"texts[{number}]: {plural[len(row) - 1]}, {task.name} takes {plural[wanted - 1]} a row")
+            raise UserError(f"row {number}: {plural[len(row) - 1]}, {task.name} takes {plural[wanted - 1]} a row")
         rows.append(row)
     return rows
 
