@@ -1,14 +1,26 @@
 """Compares parameter-efficient finetuning methods on GLUE."""
 
-from typing import Any
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from delora.predict import predictions
+    from delora.run import load
+    from delora.winner import best, results
+
+__all__ = ["__version__", "best", "load", "predictions", "results"]
 
 __version__ = "0.1.0"
 
+# Where each name is: importing the package imports none of them, for torch and pandas take seconds.
+_PLACES = {"best": "delora.winner", "load": "delora.run", "predictions": "delora.predict", "results": "delora.winner"}
+
 
 def __getattr__(name: str) -> Any:
-    # Loading a model imports torch; importing the package must not.
-    if name == "load":
-        from delora.run import load
-
-        return load
+    if name in _PLACES:
+        return getattr(importlib.import_module(_PLACES[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -16,10 +16,12 @@ from delora import __version__, terminal
 from delora.errors import UserError
 
 if TYPE_CHECKING:
+    import argparse
+
     from omegaconf import DictConfig
 
     from delora.config import Trial
-    from delora.results import Result
+    from delora.storage import Result, StoredTrial
 
 INTERRUPTION = "delora-run: interrupted; the same command goes on from the last checkpoint"
 FAILED, DIVERGED, INTERRUPTED = 1, 3, 130
@@ -42,6 +44,7 @@ Keys
 {keys}
 
 Flags
+  --again FOLDER    repeat the trial in FOLDER from its stored config, KEY=VALUE changed, as <its name>-again
   --cfg job         print the config and stop; with --resolve, values instead of references
   -m, --multirun    run all combinations of values with commas between them
   --version         the versions of delora and of what it stands on
@@ -112,6 +115,31 @@ def _start() -> None:
         UserError: the command is not right.
         SystemExit: with the status of a single trial that is not done, or Hydra's own.
     """
+    folder, words = _again(sys.argv[1:])
+    if folder is None:
+        return _hand_over()
+    from delora import again
+
+    if any(word.startswith(("--config-", "-cd", "-cn", "-cp")) for word in words):
+        raise UserError("--again takes the config of the trial: without --config-dir, --config-name and --config-path")
+    outcome.repeats = again.take(folder, [word for word in words if not word.startswith("-")])
+    again.say_versions(outcome.repeats)
+    sys.argv[1:] = [*words, "--config-name", again.NAME]
+    _hand_over()
+
+
+def _again(words: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The folder that follows --again, and the other words."""
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--again=") else [word])]
+    if "--again" not in words:
+        return None, words
+    at = words.index("--again")
+    if words.count("--again") > 1 or not words[at + 1 :] or words[at + 1].startswith("-"):
+        raise UserError("--again FOLDER: expected the folder of one trial")
+    return words[at + 1], words[:at] + words[at + 2 :]
+
+
+def _hand_over() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions reach `main`; without it Hydra prints them and exits
     import hydra
     from hydra._internal.utils import get_args_parser
@@ -131,6 +159,7 @@ def _start() -> None:
         raise UserError("--package needs --cfg job")
     if flags.experimental_rerun:
         raise UserError("--experimental-rerun: runs are not pickled; the same command again goes on")
+    _refuse_hidden(flags)
     conf = [conf_folder(), *([Path(flags.config_dir)] if flags.config_dir else [])]
     words = overrides.with_encoders(flags.overrides, conf)
     sys.argv[1:] = [*(word for word in sys.argv[1:] if word not in flags.overrides), *words]
@@ -153,6 +182,18 @@ def _start() -> None:
         if isinstance(error, HydraException) or not is_ours:
             raise UserError(_with_cause(error)) from error
         raise
+
+
+def _refuse_hidden(flags: "argparse.Namespace") -> None:
+    """Refuses a config of --config-dir that would not be read, since the one of the same name of conf/ goes first."""
+    name = f"{(flags.config_name or 'config').removesuffix('.yaml')}.yaml"
+    if flags.config_dir and not flags.config_path and (conf_folder() / name).exists():
+        hidden = Path(flags.config_dir, name)
+        if (hidden.with_name("result.json")).exists():
+            raise UserError(f"--config-dir {flags.config_dir}: to repeat the trial there, --again {flags.config_dir}")
+        if hidden.exists():
+            told = f"{hidden} would not be read, delora's own {name} goes first"
+            raise UserError(f"{told}: put what it changes into {hidden.parent}/experiment/NAME.yaml, experiment=NAME")
 
 
 def _is_a_job_s(error: Exception) -> bool:
@@ -197,9 +238,10 @@ def job(config: "DictConfig") -> float | None:
 
 
 class Outcome:
-    """How the command went so far; `status` is its exit status."""
+    """How the command went so far: its exit status, and the trial that it repeats."""
 
     status = 0
+    repeats: "StoredTrial | None" = None
 
 
 outcome = Outcome()
@@ -235,6 +277,10 @@ def train(trials: "Sequence[Trial]", sweep: bool = True) -> list[float | None]:
 
     results = run(trials)
     print_results(trials, results)
+    if outcome.repeats and results[0] and not sweep:
+        from delora.again import say_differences
+
+        say_differences(outcome.repeats, results[0])
     if any(result is None for result in results):
         outcome.status = FAILED
     elif len(trials) == 1 and results[0] and results[0]["status"] == "diverged":

@@ -17,8 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from delora.config import Trial
-from delora.results import Result, Scores, flatten
+from delora.storage import Result, Scores, StoredTrial, flatten
 from delora.terminal import printable
+from delora.winner import choose
 
 if TYPE_CHECKING:
     from delora.train import Score
@@ -246,6 +247,8 @@ def print_results(trials: Sequence[Trial], found: Sequence[Result | None]) -> No
     sources = sorted({result["made_by"]["data"]["source"] for _, result in by_folder.values() if result})
     encoders = sorted({trial.model.name for trial in trials})
     about = f"{', '.join(encoders)}, {' and '.join(sources)} data" if sources else ", ".join(encoders)
+    for one in choose(StoredTrial(folder, result) for folder, (_, result) in by_folder.items() if result):
+        print(one)
     print(f"{' or '.join(titles) or 'no scores'} ({about}), by factor on the method's base rate")
     rich.print(Rows([trial for trial, _ in by_folder.values()]).table(scores, marks))
     for folder, mark in marks.items():

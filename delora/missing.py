@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from delora import checkpoint, data, packaged, results
+from delora import checkpoint, data, packaged, storage
 from delora.config import (
     NOT_THE_TRIAL,
     PER_TRIAL,
@@ -83,7 +83,7 @@ def _identified(model: ModelConfig) -> ModelConfig:
     return model.model_copy(update={"sha256": checkpoint.sha256(folder)})
 
 
-def start_of(trial: Trial) -> results.StoredTrial:
+def start_of(trial: Trial) -> storage.StoredTrial:
     """The finished trial whose adapter, and where labels agree head, a trial's method begins with.
 
     Raises:
@@ -91,7 +91,7 @@ def start_of(trial: Trial) -> results.StoredTrial:
     """
     key = f"method.start={trial.method.start}"
     try:
-        stored = results.read(Path(str(trial.method.start)).expanduser())
+        stored = storage.read(Path(str(trial.method.start)).expanduser())
         theirs = Trial.from_config(stored.result["config"])
     except UserError as error:
         raise UserError(f"{key}: holds no finished trial: {error}") from error
@@ -105,10 +105,10 @@ def start_of(trial: Trial) -> results.StoredTrial:
         shape = {name: value for name, value in options.items() if name not in PER_TRIAL}
         return {"method._target_": one.method.target, "method.targets": one.method.targets, **shape}
 
-    lines = results.differences(fixed(theirs), fixed(trial))
+    lines = storage.differences(fixed(theirs), fixed(trial))
     mine, made_with = trial.model, stored.result["made_by"]["weights"]["sha256"]
     if mine.random or theirs.model.random:
-        lines += results.differences({"model": theirs.model.model_dump()}, {"model": mine.model_dump()})
+        lines += storage.differences({"model": theirs.model.model_dump()}, {"model": mine.model_dump()})
     elif mine.sha256 and made_with != mine.sha256:
         lines.append(f"  the encoder's weights: sha256 {made_with} → {mine.sha256}")
     if lines:
@@ -116,9 +116,9 @@ def start_of(trial: Trial) -> results.StoredTrial:
     return stored
 
 
-def start_sha256(stored: results.StoredTrial) -> str:
+def start_sha256(stored: storage.StoredTrial) -> str:
     """The hash of the adapter of a finished trial. Raises ResultsError where it is damaged."""
-    return hashlib.sha256(stored.content(results.ADAPTER)).hexdigest()
+    return hashlib.sha256(stored.content(storage.ADAPTER)).hexdigest()
 
 
 def require_all(trials: Sequence[Trial]) -> None:
@@ -129,7 +129,7 @@ def require_all(trials: Sequence[Trial]) -> None:
     """
     if faults := [fault for place in {t.output_dir for t in trials} if (fault := _no_place(place))]:
         raise ConfigError(faults)
-    waiting = [t for t in trials if not results.finished(t.folder, t.resolved(), NOT_THE_TRIAL)]
+    waiting = [t for t in trials if not storage.finished(t.folder, t.resolved(), NOT_THE_TRIAL)]
     lacks: dict[str, None] = {}  # in order, each once
     for trial in {(t.task, t.data, t.model): t for t in waiting}.values():
         where = {key: value for key, value in trial.data.options().items() if key in ("source", "dir")}

@@ -36,6 +36,7 @@ from delora.layers import (
     forward_then_edit,
 )
 from delora.methods.base import CopyMethod, HiddenMethod, LinearMethod, Method, find
+from delora.predict import Predictions, predict
 from delora.randomness import Draw, Dropout, TokenKeys
 
 # Of what is trained and summed up, and of the frozen encoder and its activations.
@@ -324,6 +325,16 @@ class Fleet(nn.Module):
         else:
             logits = self(**batch.inputs).logits
         return logits.to(self.dtype).view(*batch.labels_KB.shape, self.base.config.num_labels)
+
+    def predict(self, texts: Sequence[str] | Sequence[tuple[str, ...]], batch_size: int = 32) -> Predictions:
+        """Labels and probabilities, or scores, of texts, or of pairs of them where the task has two; the mean of its
+        trials'. Without dropout and gradients, short texts first; what is longer than `max_length` tokens is cut.
+
+        Raises:
+            UserError: `texts` are not texts, or not as many a row as the task's; it has no tokenizer, which those of
+                `delora.load` have.
+        """
+        return predict(self, texts, batch_size)
 
     def undecayed(self) -> set[str]:
         """The trained parameters that weight decay spares, as everywhere: biases and LayerNorms."""

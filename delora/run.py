@@ -18,12 +18,11 @@ from typing import Any, Self, cast
 import safetensors.torch
 import torch
 import transformers
-from omegaconf import OmegaConf
 
 from delora import data as rows_of
-from delora import encoders, pretrained, results, tasks
+from delora import encoders, pretrained, storage, tasks, winner
+from delora.again import check_source
 from delora.attention import kernels
-from delora.cli import conf_folder
 from delora.config import NOT_THE_TRIAL, ModelConfig, Trial
 from delora.console import Console
 from delora.data import Dataset, Rows
@@ -34,7 +33,8 @@ from delora.methods.base import Method
 from delora.metrics import guessing
 from delora.missing import missing_encoder, start_of, start_sha256
 from delora.model import DTYPES, Fleet, check_unknown
-from delora.results import Extent, Result, ResultsError, TrialFolder
+from delora.predict import text_sha256
+from delora.storage import Extent, Result, ResultsError, TrialFolder
 from delora.tasks import Task
 from delora.tracking import Tracker, Tracking
 from delora.train import Data, Outcome, Score, State, Totals, train
@@ -78,7 +78,7 @@ def run_fleet(
     fleet = Fleet(encoder.model, trials, device, encoder.lacking)
     start = begin(fleet, encoder) if config.method.start else None
     compiled = choose_speed(fleet, config.compile)
-    made_by = results.provenance(
+    made_by = storage.provenance(
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         precision=config.precision,
         determinism={
@@ -109,7 +109,9 @@ def run_fleet(
         console.begin(trials, task.headline, -(-len(data.train) // config.batch_size) * config.epochs)
         outcomes, totals = train(fleet, data, recorder, checkpoint)
         found = {}
+        sha256 = {split: row_sha256(rows) for split, rows in dataset.splits.items() if split != "train"}
         for k, outcome in enumerate(outcomes):
+            name_rows(outcome.predictions, k, data, sha256)
             if recorder.folders[k] is not None:
                 result = _result(trials[k], outcome, totals, fleet, made_by, time.perf_counter() - started)
                 if recorder.finish(k, outcome, result):
@@ -118,7 +120,7 @@ def run_fleet(
     return found, recorder.errors
 
 
-def begin(fleet: Fleet, encoder: pretrained.Pretrained) -> results.Origin:
+def begin(fleet: Fleet, encoder: pretrained.Pretrained) -> storage.Origin:
     """Has the trials begin with what `method.start` names; where that is from.
 
     Raises:
@@ -131,7 +133,7 @@ def begin(fleet: Fleet, encoder: pretrained.Pretrained) -> results.Origin:
         told = f"its adapter was trained on weights with sha256 {made_with}, these have {encoder.sha256}"
         raise UserError(f"method.start={trial.method.start}: {told}")
     before = tasks.of(stored.result["config"]["task"])
-    fleet.begin_with(stored.tensors(results.ADAPTER, "pt"), head=before.labels == trial.task.facts.labels)
+    fleet.begin_with(stored.tensors(storage.ADAPTER, "pt"), head=before.labels == trial.task.facts.labels)
     return {"source": stored.result["id"], "sha256": start_sha256(stored)}
 
 
@@ -244,6 +246,31 @@ def for_trials(task: Task, tokens: Mapping[str, Tokens], trials: Sequence[Trial]
     return data
 
 
+def row_sha256(rows: Rows) -> torch.Tensor:
+    """The bytes (S, 8) of each row's `text_sha256`."""
+    digests = b"".join(bytes.fromhex(text_sha256(texts)) for texts in rows.texts)
+    return torch.frombuffer(bytearray(digests), dtype=torch.uint8).view(len(rows), -1)
+
+
+def name_rows(predictions: dict[str, torch.Tensor], trial: int, data: Data, sha256: Mapping[str, torch.Tensor]) -> None:
+    """Adds to a trial's logits which rows they are of: numbers in the data's split, hashes of texts, and labels.
+
+    Args:
+        sha256: of the rows of each split, as `row_sha256`.
+    """
+    parts = {"validation": data.validation_KS[trial]}
+    if data.test_KS is not None:
+        parts["test"] = data.test_KS[trial]
+    known = {name: (data.validation, "validation", row_S) for name, row_S in parts.items()}
+    if data.mismatched is not None:
+        known["mismatched"] = data.mismatched, "validation_mismatched", torch.arange(len(data.mismatched))
+    for name, (tokens, split, row_S) in known.items():
+        if name in predictions:
+            predictions[f"{name}.row"] = row_S
+            predictions[f"{name}.text_sha256"] = sha256[split][row_S]
+            predictions[f"{name}.label"] = tokens.labels_S.cpu()[row_S]
+
+
 class Stop:
     """Hears SIGINT, SIGTERM and SIGHUP. After the first the loop saves its state and ends; the second ends it at once.
 
@@ -312,7 +339,7 @@ class StateFile:
         self.stored: tuple[dict[str, torch.Tensor], dict[str, Any]] | None = None
         if stored := read_state(path):
             self.stored = stored
-            differing = results.differences(stored[1]["origin"], self.about["origin"])
+            differing = storage.differences(stored[1]["origin"], self.about["origin"])
             if stored[1]["trials"] != self.about["trials"] or differing:
                 lines = "\n".join(differing)
                 raise UserError(f"{path}: training began with another input:\n{lines}\nDelete it to begin anew.")
@@ -349,7 +376,7 @@ def read_state(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]] | N
     if not os.path.lexists(path):
         return None
     try:
-        tensors, described = results.read_tensors(path, "pt")
+        tensors, described = storage.read_tensors(path, "pt")
         if described["sha256"] != _digest(tensors, described["state"]):
             raise ValueError("it has another sha256 than when it was written")
         return tensors, json.loads(described["state"])
@@ -362,11 +389,11 @@ def write_state(path: Path, root: Path, tensors: Mapping[str, torch.Tensor], pla
     """Writes what `read_state` reads. Raises ResultsError where that fails.
 
     Args:
-        root: of `results.Folder`.
+        root: of `storage.Folder`.
     """
     on_cpu, text = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, json.dumps(plain)
     data = safetensors.torch.save(on_cpu, {"state": text, "sha256": _digest(on_cpu, text)})
-    results.replace(path, data, root)
+    storage.replace(path, data, root)
 
 
 def _digest(tensors: Mapping[str, torch.Tensor], text: str) -> str:
@@ -411,7 +438,7 @@ class Recorder:
         for folder in self.folders:
             if folder and folder not in going:
                 logger.warning(
-                    "%s is not as the last checkpoint left it; the trial begins anew", folder.path / results.METRICS
+                    "%s is not as the last checkpoint left it; the trial begins anew", folder.path / storage.METRICS
                 )
         if not any(going):
             return False
@@ -466,8 +493,8 @@ class Recorder:
         def write(folder: TrialFolder) -> None:
             if outcome.best is not None:
                 described["epoch"] = str(outcome.best.epoch)
-                folder.save_tensors(results.ADAPTER, outcome.adapter, described)
-                folder.save_tensors(results.PREDICTIONS, outcome.predictions, described)
+                folder.save_tensors(storage.ADAPTER, outcome.adapter, described)
+                folder.save_tensors(storage.PREDICTIONS, outcome.predictions, described)
             folder.finish(result)
 
         if not self._write(trial, write):
@@ -495,7 +522,7 @@ class Recorder:
             return False
 
 
-def stand_for(trained: results.StoredTrial, trial: Trial, folder: TrialFolder, tracking: Tracking) -> Result:
+def stand_for(trained: storage.StoredTrial, trial: Trial, folder: TrialFolder, tracking: Tracking) -> Result:
     """Ends a trial, whose folder is open, as one has ended whose training was the same; wandb has both.
 
     Raises:
@@ -503,10 +530,10 @@ def stand_for(trained: results.StoredTrial, trial: Trial, folder: TrialFolder, t
     """
     folder.copy(trained)
     tracker = tracking.start(trial.id, trial.resolved(), folder.path, group=trial.sweep, ignore=NOT_THE_TRIAL)
-    for line in trained.content(results.METRICS).splitlines():
+    for line in trained.content(storage.METRICS).splitlines():
         _track(tracker, json.loads(line))
-    own = {"schema": results.SCHEMA, "id": trial.id, "sweep": trial.sweep, "config": trial.resolved()}
-    result = cast(Result, {**results.without_hashes(trained.result), **own, "trained_as": trained.result["id"]})
+    own = {"schema": storage.SCHEMA, "id": trial.id, "sweep": trial.sweep, "config": trial.resolved()}
+    result = cast(Result, {**storage.without_hashes(trained.result), **own, "trained_as": trained.result["id"]})
     folder.finish(result)
     tracker.finish(result["status"], {"best": result["best"], "last": result["last"]})
     return result
@@ -525,10 +552,10 @@ def _track(tracker: Tracker | None, line: Mapping[str, Any]) -> None:
 
 
 def _result(
-    trial: Trial, outcome: Outcome, totals: Totals, fleet: Fleet, made_by: results.MadeBy, seconds: float
+    trial: Trial, outcome: Outcome, totals: Totals, fleet: Fleet, made_by: storage.MadeBy, seconds: float
 ) -> Result:
     result = {
-        "schema": results.SCHEMA,
+        "schema": storage.SCHEMA,
         "id": trial.id,
         "sweep": trial.sweep,
         "status": outcome.status,
@@ -548,42 +575,34 @@ def _result(
     return cast(Result, result)  # checked when it is written
 
 
-def load(folder: str | Path, methods: Sequence[type[Method]] = ()) -> Fleet:
-    """The model of a finished trial, in evaluation mode: `load(folder)(**inputs).logits`, inputs (B, T).
+def load(folder: str | Path, methods: Sequence[type[Method]] = (), device: str = "cpu") -> Fleet:
+    """The model of a finished trial, in evaluation mode: `load(folder).predict(texts)` gives labels and probabilities,
+    `load(folder)(**inputs).logits` logits of inputs (B, T).
 
     Its `tokenizer` is the encoder's; `merge()` gives a plain transformers model. The folder may be a stranger's: no
     code is run that it names, but that of delora and of `methods`.
 
     Args:
         methods: classes outside of `delora.methods` that the trial may have been trained with.
+        device: "cpu", "cuda", "cuda:1", "mps", or "auto" for the first accelerator there is.
 
     Raises:
         UserError: the folder holds no finished trial, its files are not those it ended with, it names a method or a
             package that is not known, or the encoder is not the one it was trained on.
     """
-    stored = results.read(folder)
+    stored, place = winner.trial_in(folder), choose_device(device)
     trial = Trial.from_config(stored.result["config"])
     task, target = trial.task.facts, trial.method.target
     known = [f"{method.__module__}.{method.__qualname__}" for method in methods]
-    if target not in known and not target.startswith("delora.methods."):
-        named = f"delora.load({str(folder)!r}, methods=[{target.rpartition('.')[2]}])"
-        raise UserError(f"{folder}: trained with {target}, which is no method of delora; if it is yours: {named}")
-    if unknown := set(trial.model.packages) - known_packages():
-        raise UserError(f"{folder}: its encoder is in {', '.join(sorted(unknown))}, which no file of conf/model names")
+    way = f"delora.load({str(folder)!r}, methods=[{target.rpartition('.')[2]}])"
+    check_source(folder, target, trial.model.packages, known, way)
     if lack := missing_encoder(trial.model):
         raise UserError(f"missing on this machine:\n{lack}")
     encoder = pretrained.load(trial.model, task)
     made_with = stored.result["made_by"]["weights"]["sha256"]
     if encoder.sha256 != made_with:
         raise UserError(f"{folder}: trained on weights with sha256 {made_with}, this machine has {encoder.sha256}")
-    fleet = Fleet(encoder.model, [trial], torch.device("cpu"), encoder.lacking)
-    fleet.load_trial_state(0, stored.tensors(results.ADAPTER, "pt"))
+    fleet = Fleet(encoder.model, [trial], place, encoder.lacking)
+    fleet.load_trial_state(0, stored.tensors(storage.ADAPTER, "pt"))
     fleet.tokenizer = encoder.tokenizer
     return fleet.eval()
-
-
-def known_packages() -> set[str]:
-    """The packages with an encoder that conf/model names."""
-    options = [OmegaConf.load(path) for path in (conf_folder() / "model").glob("*.yaml")]
-    named = [option.package for option in options if "package" in option]
-    return {package for names in named for package in ([names] if isinstance(names, str) else names)}

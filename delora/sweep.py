@@ -2,7 +2,7 @@
 
 Imports torch only where there is something to train, so that a command whose trials are all done answers at once.
 
-    <sweep>/<trial>/            a trial's folder, see delora/results/
+    <sweep>/<trial>/            a trial's folder, see delora/storage/
     <sweep>/.fleets/<fleet>/    trials.json: which trials train together; state.safetensors: how far they are
     <sweep>/.fleets/summary     wandb has not got the sweep's summary yet
 
@@ -27,11 +27,11 @@ from tempfile import TemporaryDirectory
 from rich.console import Console as Rich
 from rich.table import Table
 
-from delora import results
+from delora import storage
 from delora.config import NOT_THE_TRIAL, Trial
 from delora.console import Console, duration
 from delora.errors import UserError
-from delora.results import ConfigChanged, InUse, Result, ResultsError, TrialFolder
+from delora.storage import ConfigChanged, InUse, Result, ResultsError, TrialFolder
 from delora.tracking import Tracking
 
 FLEETS, TRIALS, STATE, SUMMARY = ".fleets", "trials.json", "state.safetensors", "summary"
@@ -60,7 +60,7 @@ class Group:
         names = [trial.folder.name for trial in self.trials]
         for attempt in range(5):
             try:
-                results.replace(self.folder / TRIALS, json.dumps(names).encode(), self.trials[0].root)
+                storage.replace(self.folder / TRIALS, json.dumps(names).encode(), self.trials[0].root)
                 return
             except ResultsError:  # another process may remove the folder just then, as its last fleet ended
                 if attempt == 4:
@@ -105,7 +105,7 @@ def _kept(fleet: Path) -> list[str]:
         ValueError: they are damaged.
     """
     try:
-        names = json.loads(results.content(fleet / TRIALS))
+        names = json.loads(storage.content(fleet / TRIALS))
         if isinstance(names, list) and "/" not in "".join(names) and _fleet_name(names) == fleet.name:
             return names
     except FileNotFoundError:
@@ -228,7 +228,7 @@ class Sweep:
         twins = self.twins[trial.training]
         for twin in twins:
             result = self.found.get(twin.folder)
-            if result and result["schema"] == results.SCHEMA and "trained_as" not in result:
+            if result and result["schema"] == storage.SCHEMA and "trained_as" not in result:
                 return twin
         return next(twin for twin in twins if twin.folder not in self.found and twin.folder not in self.failures)
 
@@ -257,7 +257,7 @@ class Sweep:
             self.tracking = tracking
             if tracking.enabled:
                 for mark in owed:
-                    results.replace(mark, b"", config.root)
+                    storage.replace(mark, b"", config.root)
             while missing:
                 groups = plan(self.to_train(missing), self.trials)
                 try:
@@ -325,11 +325,11 @@ class Sweep:
         names = stored[1]["folders"] if stored else []
         if _fleet_name(names) == fleet.name:
             if isinstance(error, ValueError):
-                aside = results.set_aside(fleet / TRIALS)
+                aside = storage.set_aside(fleet / TRIALS)
                 logger.warning("%s: %s; set aside as %s, those of its state taken", fleet / TRIALS, error, aside)
-            results.replace(fleet / TRIALS, json.dumps(names).encode())
+            storage.replace(fleet / TRIALS, json.dumps(names).encode())
             return names
-        aside = results.set_aside(fleet)
+        aside = storage.set_aside(fleet)
         logger.warning("%s: %s; set aside as %s, its trials begin anew", fleet / TRIALS, error, aside)
         return []
 
@@ -337,7 +337,7 @@ class Sweep:
         if folder in self.trials:
             return folder in self.found
         try:
-            return results.read(folder).result["status"] != "failed"
+            return storage.read(folder).result["status"] != "failed"
         except ResultsError:
             return False
 
@@ -426,7 +426,7 @@ class Sweep:
         try:
             with _open(trial) as folder:
                 if not folder.finished:
-                    result = stand_for(results.read(trained.folder), trial, folder, self.tracking)
+                    result = stand_for(storage.read(trained.folder), trial, folder, self.tracking)
                     self.found[trial.folder] = result
                     self.console.finished(trial, result)
         except InUse:
@@ -454,7 +454,7 @@ class TrialFailed(UserError):
 
 
 def _finished(trial: Trial) -> Result | None:
-    return results.finished(trial.folder, trial.resolved(), NOT_THE_TRIAL)
+    return storage.finished(trial.folder, trial.resolved(), NOT_THE_TRIAL)
 
 
 def plan(missing: Sequence[Trial], known: Mapping[Path, Trial]) -> list[Group]:
@@ -509,12 +509,12 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def _open(trial: Trial) -> TrialFolder:
     try:
-        return results.open_trial(trial.folder, trial.resolved(), NOT_THE_TRIAL, trial.root)
+        return storage.open_trial(trial.folder, trial.resolved(), NOT_THE_TRIAL, trial.root)
     except ConfigChanged:
         if trial.resume != "force":
             raise
-        results.set_aside(trial.folder)
-        return results.open_trial(trial.folder, trial.resolved(), NOT_THE_TRIAL, trial.root)
+        storage.set_aside(trial.folder)
+        return storage.open_trial(trial.folder, trial.resolved(), NOT_THE_TRIAL, trial.root)
 
 
 def _refuse_changes(trials: Iterable[Trial]) -> None:
@@ -528,7 +528,7 @@ def _refuse_changes(trials: Iterable[Trial]) -> None:
         if trial.sweep and trial.resume != "force":
             by_sweep.setdefault(trial.folder.parent, []).append(trial)
     for root, mine in by_sweep.items():
-        known = [config for path in sorted(root.glob("*/")) if (config := results.stored_config(path))]
+        known = [config for path in sorted(root.glob("*/")) if (config := storage.stored_config(path))]
         if not known:
             continue
         old, new = _values(known), _values([trial.resolved() for trial in mine])
@@ -540,14 +540,14 @@ def _refuse_changes(trials: Iterable[Trial]) -> None:
         }
         if changes:
             told = "\n".join([f"{root} holds trials with another config:", *changes])
-            raise ConfigChanged(f"{told}\n{results.WAYS_ON}")
+            raise ConfigChanged(f"{told}\n{storage.WAYS_ON}")
 
 
 def _values(configs: Sequence[dict]) -> dict[tuple, dict[str, set[str]]]:
     """The values of each key that is no axis, by task and method."""
     cells: dict[tuple, dict[str, set[str]]] = {}
     for config in configs:
-        flat = {key: value for key, value in results.flatten(config).items() if not _is_axis(key)}
+        flat = {key: value for key, value in storage.flatten(config).items() if not _is_axis(key)}
         values = cells.setdefault((flat.get("task.name"), flat.get("method.name")), {})
         for key, value in flat.items():
             values.setdefault(key, set()).add(json.dumps(value))

@@ -6,7 +6,7 @@ length K. Shapes as in `delora.methods.base` and `delora.data.batches`; C labels
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Protocol
 
@@ -271,8 +271,15 @@ def example_losses(logits_KBC: Tensor, labels_KB: Tensor) -> Tensor:
     return F.cross_entropy(logits_KBC.flatten(0, 1), labels_KB.flatten(), reduction="none").view(labels_KB.shape)
 
 
-def predict(fleet: Fleet, tokens: Tokens, index_KS: Tensor, batch_size: int) -> Tensor:
-    """Logits (K, S, C) of the examples `index_KS`, without dropout."""
+def predict(
+    fleet: Fleet,
+    tokens: Tokens,
+    index_KS: Tensor,
+    batch_size: int,
+    progress: Callable[[int], object] = lambda _: None,
+) -> Tensor:
+    """Logits (K, S, C) of the examples `index_KS`, without dropout; `progress` is told the size of each batch."""
+    training = fleet.training
     fleet.eval()
     logits_KSC: Tensor | None = None
     with torch.inference_mode(), torch.compiler.set_stance("force_eager"):  # compiled for training only
@@ -282,7 +289,8 @@ def predict(fleet: Fleet, tokens: Tokens, index_KS: Tensor, batch_size: int) -> 
                 logits_KSC = logits_KBC.new_empty(*index_KS.shape, logits_KBC.shape[-1])
             columns_KBC = columns_KB.to(logits_KBC.device)[..., None].expand_as(logits_KBC)
             logits_KSC.scatter_(1, columns_KBC, logits_KBC)
-    fleet.train()
+            progress(columns_KB.shape[1])
+    fleet.train(training)
     assert logits_KSC is not None
     return logits_KSC
 

@@ -9,6 +9,7 @@ while the minutes last.
 
 import argparse
 import contextlib
+import functools
 import gc
 import importlib.metadata
 import itertools
@@ -36,7 +37,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from delora import attention, encoders, overrides, pretrained, results, run
+from delora import attention, encoders, overrides, pretrained, run, storage
+from delora import data as rows_of
 from delora.cli import conf_folder
 from delora.config import Trial
 from delora.data import Rows
@@ -127,6 +129,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5, help="at most")
     parser.add_argument("--minutes", type=float, default=6, help="after which nothing but delora's own sizes is begun")
     parser.add_argument("--tokenize", type=int, metavar="ROWS", help="so many pairs as long as MNLI's, and that alone")
+    parser.add_argument("--predict", type=int, metavar="TEXTS", help="speed beside transformers' pipeline, that alone")
     parser.add_argument("--json", type=Path, help="file for all figures")
     parser.add_argument("--alone", help=argparse.SUPPRESS)  # one measurement in a process of its own: peak, start
     options = parser.parse_args()
@@ -137,6 +140,9 @@ def main() -> None:
         return
     if options.tokenize:
         report_tokenizing(options)
+        return
+    if options.predict:
+        report_predicting(options)
         return
     if options.models:
         compare_models(options)
@@ -312,7 +318,7 @@ class Benchmark:
             "steps": options.steps,
             "epoch_seconds": self.epochs,
             "tokens": {"real": tokens.real_tokens, "computed": tokens.computed_tokens, "steps": tokens.steps},
-            "hardware": torch.cuda.get_device_name() if self.compiles else results.cpu_name(),
+            "hardware": torch.cuda.get_device_name() if self.compiles else storage.cpu_name(),
             "threads": torch.get_num_threads(),
             "versions": {name: importlib.metadata.version(name) for name in ("torch", "transformers", "peft")},
             "options": {k: str(v) for k, v in vars(options).items()},
@@ -639,6 +645,53 @@ def report_tokenizing(options: argparse.Namespace) -> None:
             f"{name}: {made['seconds']:.1f} s ({made['cpu_seconds']:.1f} of a core), "
             f"{made['peak_bytes'] / 1e9:.2f} GB at the peak ({loaded})"
         )
+
+
+# --- Predicting
+
+
+def report_predicting(options: argparse.Namespace) -> None:
+    """Texts a second of one trial and of the same model, merged, in transformers' pipeline, in turns."""
+    one = trial(options, 42)
+    dataset = rows_of.load(one.task.facts, **one.data.options())
+    some = itertools.islice(itertools.cycle(dataset.splits["validation"].texts), options.predict)
+    pairs = [tuple(texts) for texts in some]
+    encoder = pretrained.load(one.model, one.task.facts)
+    fleet = Fleet(encoder.model, [one], torch.device(options.device), encoder.lacking).eval()
+    fleet.tokenizer = encoder.tokenizer
+    plain = fleet.merge()
+    inputs = [dict(zip(("text", "text_pair"), texts, strict=False)) for texts in pairs]
+    ways: dict[str, Callable[[], np.ndarray]] = {"delora": lambda: fleet.predict(pairs).probabilities}
+    for size in (8, options.batch_size):
+        pipe = transformers.pipeline(
+            "text-classification", model=plain, tokenizer=encoder.tokenizer, device=options.device, batch_size=size
+        )
+        cut = {"top_k": None, "truncation": True, "max_length": one.max_length}
+        ways[f"pipeline, batch {size}"] = functools.partial(pipeline_probabilities, pipe, inputs, cut, plain.config)
+    rates: dict[str, list[float]] = {name: [] for name in ways}
+    found: dict[str, np.ndarray] = {}
+    for _ in range(options.turns):
+        for name, way in ways.items():
+            start = time.perf_counter()
+            found[name] = way()
+            rates[name].append(options.predict / (time.perf_counter() - start))
+    for name, several in rates.items():
+        apart_by = np.abs(found[name] - found["delora"]).max()
+        spread = f"{min(several):.1f} to {max(several):.1f}"
+        print(
+            f"{name}: {statistics.median(several):.1f} texts a second ({spread}), probabilities apart by {apart_by:.1e}"
+        )
+    if options.json:
+        options.json.write_text(json.dumps(rates, indent=1) + "\n")
+
+
+def pipeline_probabilities(pipe: Any, inputs: list[dict[str, str]], options: dict[str, Any], config: Any) -> np.ndarray:
+    """What a pipeline gives, with the labels in the order of their ids."""
+    made = []
+    for labels in pipe(inputs, **options):
+        by_name = {one["label"]: one["score"] for one in labels}
+        made.append([by_name[config.id2label[i]] for i in range(len(by_name))])
+    return np.array(made)
 
 
 # --- The tables

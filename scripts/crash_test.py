@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from delora import cli, results
+from delora import cli, storage
 from delora.config import NOT_THE_TRIAL
 
 DESCRIPTION = """Kills a sweep of eight trials with SIGKILL, at random moments and before chosen file operations, starts
@@ -106,7 +106,7 @@ class Crashes:
 
     def _keep(self) -> None:
         self.progress["counts"] = dict(self.counts)
-        results.replace(self.folder / "progress.json", json.dumps(self.progress, indent=1).encode())
+        storage.replace(self.folder / "progress.json", json.dumps(self.progress, indent=1).encode())
 
     def _undisturbed(self) -> tuple[dict[str, Any], int, float]:
         """What a sweep finds that nothing disturbs, its number of file operations, and seconds until it trains."""
@@ -291,7 +291,7 @@ class Recorder:
             if name in ("unlink", "replace"):
                 entry["old"] = self._saved(path)
             done = plain(*arguments, **named)
-            if name == "fsync" and path.endswith(results.METRICS):
+            if name == "fsync" and path.endswith(storage.METRICS):
                 entry["copy"] = self._saved(path, copy=True)
             self.plain["write"](self.lines, (json.dumps(entry) + "\n").encode())
             return done
@@ -349,7 +349,7 @@ class Journal:
                 case "mkdir":
                     shutil.rmtree(path, ignore_errors=True)
         copies = {e["path"]: (self.folder / e["copy"]).read_bytes() for e in entries if e.get("copy")}
-        for path in sorted(self.place.glob(f"outputs/s/*/{results.METRICS}")):
+        for path in sorted(self.place.glob(f"outputs/s/*/{storage.METRICS}")):
             there, safe = path.read_bytes(), copies.get(str(path), self._durable(path))
             path.write_bytes(torn(there, safe, draw))
         self.settle()
@@ -357,7 +357,7 @@ class Journal:
     def settle(self) -> None:
         """Takes all that is there for synced."""
         shutil.rmtree(self.folder, ignore_errors=True)
-        for path in self.place.glob(f"outputs/s/*/{results.METRICS}"):
+        for path in self.place.glob(f"outputs/s/*/{storage.METRICS}"):
             self._durable_copy(path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, self._durable_copy(path))
 
@@ -397,19 +397,19 @@ def written(root: Path) -> dict[str, int]:
 
 def times(root: Path) -> dict[str, int]:
     """When each result was written."""
-    return {path.parent.name: path.stat().st_mtime_ns for path in root.glob(f"*/{results.RESULT}")}
+    return {path.parent.name: path.stat().st_mtime_ns for path in root.glob(f"*/{storage.RESULT}")}
 
 
 def everything(root: Path) -> dict[str, Any]:
     """All that a sweep found, less times, by trial; tensors as their bytes. Every file is the one its result means."""
     kept = {}
-    for trial in results.find(root).trials:
-        result = {k: v for k, v in results.without_hashes(trial.result).items() if k not in ("seconds", "made_by")}
+    for trial in storage.find(root).trials:
+        result = {k: v for k, v in storage.without_hashes(trial.result).items() if k not in ("seconds", "made_by")}
         result["config"] = {k: v for k, v in result["config"].items() if k not in NOT_THE_TRIAL}
         steps = [{k: v for k, v in step.items() if k != "seconds"} for step in trial.steps()]
         tensors = {
             name: {key: tensor.numpy().tobytes() for key, tensor in trial.tensors(name, "pt").items()}
-            for name in (results.ADAPTER, results.PREDICTIONS)
+            for name in (storage.ADAPTER, storage.PREDICTIONS)
         }
         kept[trial.folder.name] = (result, steps, list(trial.evaluations()), tensors)
     return kept
@@ -419,14 +419,14 @@ def faults(root: Path, whole: dict[str, Any]) -> Iterator[str]:
     """What differs from an undisturbed sweep, or was left behind."""
     try:
         found = everything(root)
-    except results.ResultsError as error:
+    except storage.ResultsError as error:
         yield str(error)
         return
     yield from (f"{name} is lost" for name in whole.keys() - found.keys())
     for name in found.keys() & whole.keys():
         parts = zip(("result", "steps", "evaluations", "tensors"), found[name], whole[name], strict=True)
         yield from (f"{name}: other {part}" for part, ours, theirs in parts if ours != theirs)
-    stored = results.find(root)
+    stored = storage.find(root)
     yield from (f"{path}: {why}" for path, why in stored.problems)
     yield from (f"{path} is not finished" for path in stored.unfinished)
     yield from (f"{path.name} is left" for path in root.glob(".fleets"))

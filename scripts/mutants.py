@@ -57,7 +57,7 @@ TESTS = {
     "delora/data/batches.py": ["batches", "encoders", "train"],
     "delora/data/splits.py": ["splits"],
     "delora/metrics.py": ["metrics", "train"],
-    "delora/results/*.py": ["results", "report", "run", "sweep"],
+    "delora/storage/*.py": ["storage", "report", "run", "sweep"],
     "delora/sweep.py": ["sweep", "run"],
     "delora/report/statistics.py": ["statistics", "report"],
 }

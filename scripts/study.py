@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from delora import cli, results
+from delora import cli, storage
 from delora.config import expected, look_up
 from delora.errors import UserError
 from delora.report import curves, statistics, tables, trials
@@ -152,20 +152,20 @@ def collect(output: Path) -> None:
     """Writes trials.csv, and training.csv with every evaluation."""
     lines, histories = [], []
     for sweep in planned():
-        for stored in results.find(OUTPUTS / sweep).trials:
+        for stored in storage.find(OUTPUTS / sweep).trials:
             evaluations, result = list(stored.evaluations()), portable(stored.result)
             final = evaluations[-1] if evaluations else {}
-            last = results.flatten({kind: final[kind] for kind in LAST if final.get(kind)})
-            lines.append({"sweep_folder": sweep, "sha256": digest(result), **results.flatten(result), **last})
+            last = storage.flatten({kind: final[kind] for kind in LAST if final.get(kind)})
+            lines.append({"sweep_folder": sweep, "sha256": digest(result), **storage.flatten(result), **last})
             histories += [history_line(sweep, result, evaluation) for evaluation in evaluations]
     output.mkdir(parents=True, exist_ok=True)
     write_csv(output / "trials.csv", lines)
     write_csv(output / "training.csv", histories)
 
 
-def portable(result: results.Result) -> dict[str, Any]:
+def portable(result: storage.Result) -> dict[str, Any]:
     """A result whose data lie relative to this folder: an absolute path is of one machine alone."""
-    result = results.without_hashes(result)  # which are those of the files beside it
+    result = storage.without_hashes(result)  # which are those of the files beside it
     config = result["config"]
     folder = config["data"].get("dir")
     data = {**config["data"], "dir": os.path.relpath(folder)} if folder else config["data"]
@@ -222,7 +222,7 @@ def restore(source: Path) -> Iterator[tuple[str, dict[str, Any], list[dict[str, 
 
 
 def nested(flat: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-    """What `results.flatten` made flat."""
+    """What `storage.flatten` made flat."""
     made: dict[str, Any] = {}
     for key, value in flat:
         *parts, name = key.split(".")
@@ -245,9 +245,9 @@ def write_trial(folder: Path, result: Mapping[str, Any], evaluations: Sequence[M
         return
     lines = [{**e, "kind": "evaluation", "metrics": {result["headline"]: e["score"]}} for e in evaluations]
     folder.mkdir(parents=True)
-    (folder / results.CONFIG).write_text(json.dumps(result["config"]))
-    (folder / results.METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
-    (folder / results.RESULT).write_text(json.dumps(result))
+    (folder / storage.CONFIG).write_text(json.dumps(result["config"]))
+    (folder / storage.METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / storage.RESULT).write_text(json.dumps(result))
 
 
 def write_csv(path: Path, lines: Sequence[Mapping[str, Any]]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from delora import cli, results
+from delora import cli, storage
 from delora.cli import conf_folder
 from delora.config import expected
 from delora.report import statistics, tables, trials
@@ -137,7 +137,7 @@ def hyperparameters(folder: Path, methods: Sequence[str]) -> int:
     )
     text = tables.FORMS["markdown"][1](made)
     print(text, end="")
-    results.replace(folder / "report" / "hyperparameters.md", text.encode())
+    storage.replace(folder / "report" / "hyperparameters.md", text.encode())
     return 0
 
 

@@ -1,6 +1,6 @@
 """Input that cannot be used, and disks that fail: a clear message, a status that is not 0, nothing half-written.
 
-Single faults of TSV files are in test_data_glue.py, of values in test_config.py, of writes in test_results.py.
+Single faults of TSV files are in test_data_glue.py, of values in test_config.py, of writes in test_storage.py.
 """
 
 import os
@@ -18,7 +18,7 @@ import torch
 import transformers
 from conftest import compose_trial
 
-from delora import pretrained, results
+from delora import pretrained, storage
 from delora.data import Rows, load
 from delora.data.batches import Tokens
 from delora.errors import UserError
@@ -279,7 +279,7 @@ def test_a_full_disk_ends_a_run_and_with_more_space_the_same_command_finishes(sm
     subprocess.run(["mount", "-o", "remount,size=8m", str(small_disk)], check=True)
     again = command(*words, cwd=tmp_path)
     assert again.returncode == 0, again.stderr
-    stored = results.read(small_disk / "x")
+    stored = storage.read(small_disk / "x")
     assert stored.result["status"] == "done" and len(list(stored.steps())) == 32
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from delora import results
+from delora import storage
 from delora.cli import conf_folder
 from delora.overrides import tidy
 
@@ -100,7 +100,7 @@ def test_help_names_every_option_and_key(delora_run, tmp_path):
         group, _, option = path.relative_to(conf_folder()).with_suffix("").as_posix().partition("/")
         assert f"{group}={option} " in text
     config = yaml.safe_load((conf_folder() / "config.yaml").read_text())
-    for key in results.flatten({name: config[name] for name in config.keys() - {"defaults", "hydra"}}):
+    for key in storage.flatten({name: config[name] for name in config.keys() - {"defaults", "hydra"}}):
         assert f"  {key}=" in text
     assert "Exit status" in text
 
@@ -172,7 +172,7 @@ def test_a_run_and_what_the_same_name_does_afterwards(delora_run, tmp_path):
     assert first.returncode == 0 and "Traceback" not in first.stderr, first.stderr
     assert re.search(r"104 .*max_length=64 .*\bcut\b", first.stderr)  # a byte is a token of model=tiny
     assert "synthetic" in first.stdout and first.stdout.endswith("results in outputs/a\n")
-    stored = results.read(tmp_path / "outputs" / "a")
+    stored = storage.read(tmp_path / "outputs" / "a")
     assert stored.result["status"] == "done" and stored.result["made_by"]["data"]["source"] == "synthetic"
     assert stored.result["made_by"]["commit"] is None  # a wheel knows none
     assert stored.result["best"]["test"]["accuracy"] >= 0
@@ -226,10 +226,10 @@ def test_ctrl_c_in_training_leaves_no_result_and_the_same_command_finishes(delor
         _, errors = process.communicate(timeout=60)
     assert process.returncode == 130 and "Traceback" not in errors, errors
     assert errors.splitlines()[-1].startswith("delora-run: interrupted")
-    assert not (folder / "result.json").exists() and [folder] == results.find(tmp_path).unfinished
+    assert not (folder / "result.json").exists() and [folder] == storage.find(tmp_path).unfinished
     answer = command(delora_run, *words, cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
-    stored = results.read(folder)
+    stored = storage.read(folder)
     assert stored.result["status"] == "done" and stored.result["steps"] == 48
     assert [line["epoch"] for line in stored.evaluations()] == list(range(13))
 

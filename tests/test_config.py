@@ -21,7 +21,7 @@ from delora import data
 from delora.cli import conf_folder
 from delora.config import ConfigError, Trial, look_up
 from delora.encoders import matches
-from delora.results import flatten
+from delora.storage import flatten
 from delora.tasks import TASKS
 
 METHODS = sorted(path.stem for path in (conf_folder() / "method").glob("*.yaml"))

@@ -17,7 +17,7 @@ from conftest import compose_trial
 from small_hub import fresh, serve
 
 import delora
-from delora import metrics, results
+from delora import metrics, storage
 from delora.data import Rows, files, hash_of
 from delora.errors import UserError
 from delora.missing import identified
@@ -369,7 +369,7 @@ def test_task_and_method_of_one_s_own_live_in_folders_of_one_s_own(tmp_path):
 
     small = ["model=tiny", "logger=none", "device=cpu", "epochs=1", "batch_size=8", "max_length=32"]
     run("delora.cli", "--config-dir", "my_conf", "-m", "task=films", "method=twice,lora", "name=mine", *small)
-    found = {trial.result["config"]["method"]["name"]: trial for trial in results.find(tmp_path / "outputs").trials}
+    found = {trial.result["config"]["method"]["name"]: trial for trial in storage.find(tmp_path / "outputs").trials}
     assert found.keys() == {"twice", "lora"}
     best = found["twice"].result["best"]
     assert set(best["test"]) == {"macro_f1", "accuracy"} and set(best["validation"]) >= {"macro_f1", "loss"}

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import FEW, OFFLINE, SMALL, command, compose_trial
 
-from delora import overrides, results
+from delora import overrides, storage
 from delora.cli import conf_folder
 from delora.config import ConfigError
 from delora.report import statistics
@@ -58,7 +58,7 @@ def test_a_row_s_rate_is_chosen_by_the_first_seed_on_validation(tmp_path):
     words += ["data.rows.train=64", "data.rows.validation=80", "seed=42,43", "epochs=2", "batch_size=8"]
     made = table4(*words, "lr_factor=1,300", "max_length=64", "device=cpu", cwd=tmp_path)
     assert made.returncode == 0 and "Traceback" not in made.stderr, made.stderr
-    found = results.find(tmp_path / "outputs" / "table4" / "tiny").trials
+    found = storage.find(tmp_path / "outputs" / "table4" / "tiny").trials
     by_seed = {seed: {} for seed in (42, 43)}
     for trial in found:
         config, best = trial.result["config"], trial.result["best"]
@@ -82,7 +82,7 @@ def test_the_ladder_is_one_command_with_a_table_of_its_own(tmp_path):
     words = [*SMALL, *FEW, "epochs=1", "experiment=ladder", "seed=1,2", "lr_factor=1,4", "name=ladder", "-m"]
     made = command(*words, cwd=tmp_path)
     assert made.returncode == 0, made.stderr
-    found = results.find(tmp_path / "outputs" / "ladder").trials
+    found = storage.find(tmp_path / "outputs" / "ladder").trials
     assert len(found) == 7 * 2 * 2
     assert report([str(tmp_path / "outputs" / "ladder"), "--only", "table", "--format", "csv"]) == 0
     [path] = (tmp_path / "outputs" / "ladder" / "report").glob("ladder-*.csv")
@@ -91,7 +91,7 @@ def test_the_ladder_is_one_command_with_a_table_of_its_own(tmp_path):
     assert [row["rung"] for row in rows] == [f"rung {i}" for i in range(1, 8)]
     assert rows[3]["ΔW"] == "(λ/r)(BΞA − DΦC)W" and all(row["n"] == "2" and row["MRPC"] for row in rows)
     one = command(*words[:-1], "method=ladder/2,ladder/7", "name=two", "-m", cwd=tmp_path)
-    assert one.returncode == 0 and len(results.find(tmp_path / "outputs" / "two").trials) == 2 * 2 * 2
+    assert one.returncode == 0 and len(storage.find(tmp_path / "outputs" / "two").trials) == 2 * 2 * 2
 
 
 def test_experiments_that_sweep_by_themselves_are_not_swept_over():
@@ -112,7 +112,7 @@ def test_table4_of_all_tasks_and_goes_on(tmp_path):
     made = table4(*words, cwd=tmp_path)
     assert made.returncode == 0 and "Traceback" not in made.stderr, made.stderr
     root = tmp_path / "outputs" / "table4" / "tiny"
-    found = {(t.result["config"]["task"]["name"], t.result["config"]["seed"]): t for t in results.find(root).trials}
+    found = {(t.result["config"]["task"]["name"], t.result["config"]["seed"]): t for t in storage.find(root).trials}
     assert found.keys() == {(task, seed) for task in TASKS for seed in (42, 43)}
     assert {trial.result["fleet_size"] for trial in found.values()} == {2}
     head = "| method | parameters |   n |        MNLI |       SST-2 |        MRPC |        CoLA |"

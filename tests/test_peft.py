@@ -9,7 +9,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from safetensors import safe_open
 
 import delora
-from delora import pretrained, results
+from delora import pretrained, storage
 from delora.config import ConfigError
 from delora.errors import UserError
 from delora.methods.base import check
@@ -134,11 +134,11 @@ def test_trials_of_pefts_are_trained_one_by_one_and_loaded(tmp_path):
         cwd=tmp_path,
     )
     assert answer.returncode == 0, answer.stderr
-    found = results.find(tmp_path / "outputs" / "s").trials
+    found = storage.find(tmp_path / "outputs" / "s").trials
     assert len(found) == 4 and all(trial.result["fleet_size"] == 1 for trial in found)
     for trial in found:
         model = delora.load(trial.folder)
-        stored = trial.tensors(results.ADAPTER, "pt")
+        stored = trial.tensors(storage.ADAPTER, "pt")
         assert all(torch.equal(tensor, model.trial_state(0)[name]) for name, tensor in stored.items())
         assert trial.result["parameters"]["adapter"] == sum(t.numel() for n, t in stored.items() if ".method." in n)
 
@@ -161,5 +161,5 @@ def test_dropout_and_interruption_leave_the_bits_as_they_are(tmp_path):
     first, second = (compose_trial(*words, f"output_dir={tmp_path}", f"name={name}") for name in "ab")
     run([first])
     run([second])
-    states = [results.read(tmp_path / name).tensors(results.ADAPTER, "pt") for name in "ab"]
+    states = [storage.read(tmp_path / name).tensors(storage.ADAPTER, "pt") for name in "ab"]
     assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())

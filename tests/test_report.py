@@ -19,7 +19,7 @@ import numpy as np
 import pytest
 from matplotlib.collections import PathCollection
 
-from delora import results
+from delora import storage
 from delora.errors import UserError
 from delora.report import curves, statistics, tables, trials
 from delora.report.cli import main
@@ -204,7 +204,7 @@ def test_a_report_writes_through_no_link(tmp_path, link, capsys):
 
 def test_a_damaged_file_is_named(tmp_path, capsys):
     result = json.loads((fake_trials.write(tmp_path / "s" / "a", 0.9) / "result.json").read_text())
-    with results.open_trial(tmp_path / "s" / "b", {**result["config"], "seed": 2}) as folder:
+    with storage.open_trial(tmp_path / "s" / "b", {**result["config"], "seed": 2}) as folder:
         for line in (tmp_path / "s" / "a" / "metrics.jsonl").read_text().splitlines():
             folder.record(json.loads(line))
         folder.finish({**result, "config": folder.config})

@@ -15,13 +15,14 @@ from conftest import FEW, SMALL, command, compose_trial
 from omegaconf import OmegaConf
 
 import delora
-from delora import results
+from delora import storage
+from delora.again import known_packages
 from delora.data import load
 from delora.data.batches import Tokens
 from delora.errors import UserError
 from delora.methods.lora import LoRA
 from delora.missing import identified
-from delora.run import Interrupted, Stop, known_packages
+from delora.run import Interrupted, Stop
 from delora.sweep import run
 from delora.tasks import TASKS
 from delora.train import predict
@@ -32,7 +33,7 @@ def test_a_loaded_model_gives_the_scored_logits_exactly(tmp_path, method):
     trial = compose_trial(*SMALL, f"method={method}", f"output_dir={tmp_path}", "name=x")
     run([trial])
     model = delora.load(tmp_path / "x")
-    stored, _ = results.read_tensors(tmp_path / "x" / results.PREDICTIONS, "pt")
+    stored, _ = storage.read_tensors(tmp_path / "x" / storage.PREDICTIONS, "pt")
     dataset = load(TASKS["mrpc"], **trial.data.options())
     tokens = Tokens(dataset.splits["validation"], model.tokenizer, 64, model.device, model.dtype)
     from delora.data.splits import paper_split
@@ -58,7 +59,7 @@ def finished(tmp_path_factory):
 
 def receive(folder: Path, changes: dict[str, Any]) -> None:
     """Makes a folder what somebody may send who can write anything into its result, hashes too."""
-    result = results.without_hashes(results.read(folder).result)
+    result = storage.without_hashes(storage.read(folder).result)
     config = OmegaConf.create(result["config"])
     for key, value in changes.items():
         OmegaConf.update(config, key, value)
@@ -111,11 +112,11 @@ def test_loading_takes_methods_that_the_caller_names(finished, tmp_path):
 
 
 def test_loading_names_the_damaged_file(finished, tmp_path):
-    for name in (results.ADAPTER, results.RESULT):
+    for name in (storage.ADAPTER, storage.RESULT):
         folder = tmp_path / name
         shutil.copytree(finished, folder)
         data = bytearray((folder / name).read_bytes())
-        data[data.rindex(b"0.") if name == results.RESULT else -3] ^= 1
+        data[data.rindex(b"0.") if name == storage.RESULT else -3] ^= 1
         (folder / name).write_bytes(data)
         with pytest.raises(UserError, match=f"{name}: damaged"):
             delora.load(folder)
@@ -169,21 +170,21 @@ def test_training_begins_where_another_trial_ended(tmp_path, method):
             ]
         )
     )
-    stored = results.read(tmp_path / "first")
-    sha256 = stored.result["files"][results.ADAPTER]
+    stored = storage.read(tmp_path / "first")
+    sha256 = stored.result["files"][storage.ADAPTER]
     for result in (again, other):
         assert result["made_by"]["start"] == {"source": first["id"], "sha256": sha256}
         assert result["config"]["method"]["start_sha256"] == sha256
-    before = [next(results.read(tmp_path / name).evaluations()) for name in ("mrpc", "cola")]
+    before = [next(storage.read(tmp_path / name).evaluations()) for name in ("mrpc", "cola")]
     *_, after = stored.evaluations()
     assert all(evaluation["distance"] == after["distance"] for evaluation in before)
     # The head is there for the same labels: the untrained trial scores as the first one does on the same rows.
     alike = compose_trial(*words, f"method.start={tmp_path}/first", "name=alike", "protocol=standard", "lr=1e-30")
     run(identified([alike]))
-    assert next(results.read(tmp_path / "alike").evaluations())["metrics"] == after["metrics"]
+    assert next(storage.read(tmp_path / "alike").evaluations())["metrics"] == after["metrics"]
     heads = [
-        {n: t for n, t in stored_trial.tensors(results.ADAPTER, "pt").items() if n.startswith("classifier")}
-        for stored_trial in (stored, results.read(tmp_path / "alike"), results.read(tmp_path / "cola"))
+        {n: t for n, t in stored_trial.tensors(storage.ADAPTER, "pt").items() if n.startswith("classifier")}
+        for stored_trial in (stored, storage.read(tmp_path / "alike"), storage.read(tmp_path / "cola"))
     ]
     assert all((heads[0][n] - heads[1][n]).abs().max() < 1e-6 for n in heads[0])
     assert all((heads[0][n] - heads[2][n]).abs().max() > 1e-3 for n in heads[0] if n.endswith("weight"))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import conf_folder, load_script
 
-from delora import results
+from delora import storage
 from delora.config import NOT_THE_TRIAL, Trial
 from delora.errors import UserError
 from delora.report import curves, statistics, tables
@@ -377,7 +377,7 @@ def test_a_trial_in_the_csv_files_is_finished(study, tmp_path, monkeypatch):
         study.write_trial(study.OUTPUTS / sweep / result["id"], result, evaluations)
         trial = Trial.from_config(result["config"])
         assert trial.folder == study.OUTPUTS / sweep / result["id"]
-        assert results.finished(trial.folder, trial.resolved(), NOT_THE_TRIAL) == result
+        assert storage.finished(trial.folder, trial.resolved(), NOT_THE_TRIAL) == result
 
 
 def test_every_config_of_the_study_is_planned(study):

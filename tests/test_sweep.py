@@ -26,7 +26,7 @@ from hydra.types import HydraContext, RunMode
 from omegaconf import OmegaConf, open_dict
 from safetensors.torch import load_file
 
-from delora import cost, overrides, results, sweep
+from delora import cost, overrides, storage, sweep
 from delora.cli import conf_folder
 from delora.config import ConfigError, Trial
 from delora.errors import UserError
@@ -178,7 +178,7 @@ def test_an_interrupted_fleet_goes_on_whole_or_not_at_all(tmp_path, capsys):
 def test_a_sweep_grows_by_tasks_with_values_of_their_own(tmp_path):
     common = [*SMALL, *FEW, "method=lora", "sweep=s", f"output_dir={tmp_path}"]
     [first] = compose_trials([*common, "task=mrpc", "epochs=2"], [{}])
-    results.open_trial(first.folder, first.resolved()).close()
+    storage.open_trial(first.folder, first.resolved()).close()
     Sweep(compose_trials([*common, "task=rte", "epochs=3"], [{}]))
     with pytest.raises(UserError, match="epochs: 2 → 3"):
         Sweep(compose_trials([*common, "task=mrpc", "epochs=3"], [{}]))
@@ -218,7 +218,7 @@ def test_forty_trials_with_minilm(tmp_path):
     assert all(f"mrpc {method} " in answer.stdout for method in ("delora", "lora", "dora", "ether", "etherplus"))
     assert "×0.5" in answer.stdout and "synthetic data" in answer.stdout
     assert answer.stdout.endswith("delora-report outputs/forty\n")
-    found = results.find(root)
+    found = storage.find(root)
     assert len(found.trials) == 40 and not found.problems and {t.result["fleet_size"] for t in found.trials} == {8}
     assert {(t.result["sweep"], t.result["status"]) for t in found.trials} == {("forty", "done")}
     assert not (root / ".fleets").exists() and not list(tmp_path.glob("outputs/*.yaml"))
@@ -248,7 +248,7 @@ def test_the_same_name_with_another_config_is_refused_with_the_difference(tmp_pa
     assert grown.returncode == 0, grown.stderr
     forced = command(*words, "seed=1,2", "epochs=3", "resume=force", cwd=tmp_path)
     assert forced.returncode == 0, forced.stderr
-    assert len(results.find(tmp_path / "outputs" / "s").trials) == 6
+    assert len(storage.find(tmp_path / "outputs" / "s").trials) == 6
 
 
 # --- One training under several names
@@ -285,10 +285,10 @@ def test_one_training_stands_under_each_name(tmp_path):
     first, *others = run(trials)
     assert "trained_as" not in first and {other["trained_as"] for other in others} == {trials[0].id}
     assert [other["fleet_size"] for other in others] == [1, 1]
-    stored = [results.read(trial.folder) for trial in trials]
+    stored = [storage.read(trial.folder) for trial in trials]
     for trial, one in zip(trials, stored, strict=True):
         assert one.result["config"] == trial.resolved() and one.result["id"] == trial.id
-        for name in (results.METRICS, results.ADAPTER, results.PREDICTIONS):
+        for name in (storage.METRICS, storage.ADAPTER, storage.PREDICTIONS):
             assert one.content(name) == stored[0].content(name)
     alone = names_of_one(tmp_path / "alone", on=["lambda"])
     run(alone)
@@ -312,34 +312,34 @@ def test_a_name_is_added_without_training(tmp_path, monkeypatch):
         assert [result.get("trained_as") for result in run(trials)] == [first.id, first.id, None]
 
 
-@pytest.mark.parametrize("until", [results.METRICS, results.ADAPTER, results.PREDICTIONS, results.RESULT])
+@pytest.mark.parametrize("until", [storage.METRICS, storage.ADAPTER, storage.PREDICTIONS, storage.RESULT])
 def test_a_copy_that_was_killed_is_made_again(tmp_path, until, monkeypatch):
     trials = names_of_one(tmp_path, on=["all", "adapter"])
-    save = results.TrialFolder.save
+    save = storage.TrialFolder.save
 
-    def killed(folder: results.TrialFolder, name: str, data: bytes) -> None:
+    def killed(folder: storage.TrialFolder, name: str, data: bytes) -> None:
         if folder.path == trials[1].folder and name == until:
             raise KeyboardInterrupt
         save(folder, name, data)
 
     with monkeypatch.context() as patched:
-        patched.setattr(results.TrialFolder, "save", killed)
+        patched.setattr(storage.TrialFolder, "save", killed)
         with pytest.raises(KeyboardInterrupt):
             run(trials)
-    assert not (trials[1].folder / results.RESULT).exists()
+    assert not (trials[1].folder / storage.RESULT).exists()
     assert [result["status"] for result in run(trials)] == ["done", "done"]
-    first, second = (results.read(trial.folder) for trial in trials)
+    first, second = (storage.read(trial.folder) for trial in trials)
     assert second.result["trained_as"] == first.result["id"] and list(second.steps()) == list(first.steps())
 
 
 def test_a_damaged_file_stands_for_nothing(tmp_path, capsys):
     trials = names_of_one(tmp_path, on=["all", "adapter"])
     run(trials[:1])
-    adapter = trials[0].folder / results.ADAPTER
+    adapter = trials[0].folder / storage.ADAPTER
     adapter.write_bytes(adapter.read_bytes()[:-1] + b"\x7f")
     assert [bool(result) for result in run(trials)] == [True, False]
     assert f"{adapter}: damaged" in " ".join(capsys.readouterr().err.split())
-    assert not (trials[1].folder / results.RESULT).exists()
+    assert not (trials[1].folder / storage.RESULT).exists()
 
 
 def test_a_failed_training_is_tried_under_its_other_names(tmp_path, plugin):
@@ -413,7 +413,7 @@ def test_two_processes_share_a_sweep(tmp_path, whole):
     errors = [process.communicate(timeout=120)[1] for process in pair]
     assert [process.returncode for process in pair] == [0, 0], errors
     assert everything(tmp_path / "outputs" / "s").keys() == whole.keys()
-    assert all(trial.result["fleet_size"] == 2 for trial in results.find(tmp_path / "outputs" / "s").trials)
+    assert all(trial.result["fleet_size"] == 2 for trial in storage.find(tmp_path / "outputs" / "s").trials)
     assert any("in use by process" in error and "Waiting for it;" in error for error in errors)
 
 
@@ -457,7 +457,7 @@ def both(tmp_path_factory):
 def test_a_log_that_lost_what_its_checkpoint_promised_begins_anew(tmp_path, both, damage, monkeypatch, caplog):
     trials = pair(tmp_path)
     fleet = interrupt(trials, monkeypatch)
-    log = trials[1].folder / results.METRICS
+    log = trials[1].folder / storage.METRICS
     data = log.read_bytes()
     assert len(data.splitlines()) == 8  # 6 steps, 2 evaluations
     match damage:
@@ -474,7 +474,7 @@ def test_a_log_that_lost_what_its_checkpoint_promised_begins_anew(tmp_path, both
     assert everything(trials[0].folder.parent).keys() == both.keys()
     told = {"none": "", "state": "not a fleet's state"}.get(damage, f"{log} is not as the last checkpoint left it")
     assert told in caplog.text and bool(told) == bool(caplog.text)
-    found, sizes = everything(trials[0].folder.parent), [r.result["fleet_size"] for r in results.find(tmp_path).trials]
+    found, sizes = everything(trials[0].folder.parent), [r.result["fleet_size"] for r in storage.find(tmp_path).trials]
     anew = damage in ("cut", "flipped", "gone")
     for trial in trials[: 1 if anew else 2]:
         assert found[trial.folder.name] == both[trial.folder.name]
@@ -701,7 +701,7 @@ def test_a_trial_that_fails_leaves_the_others_alone(tmp_path, plugin):
     answer = command(*words, cwd=tmp_path, env=plugin)
     assert answer.returncode == 1 and "Traceback" not in answer.stderr
     assert "failed: ZeroDivisionError: thirteen" in answer.stderr and "failed: outputs/f/" in answer.stdout
-    found = results.find(tmp_path / "outputs" / "f")
+    found = storage.find(tmp_path / "outputs" / "f")
     assert sorted(t.result["config"]["method"]["alpha"] for t in found.trials) == [8, 9, 10]
     [failed] = found.unfinished
     assert "Traceback" in (failed / "log.txt").read_text() and "thirteen" in (failed / "log.txt").read_text()
@@ -720,7 +720,7 @@ def test_a_fleet_that_does_not_fit_into_memory_is_halved(tmp_path, plugin):
     answer = command(*words, cwd=tmp_path, env=plugin)
     assert answer.returncode == 0, answer.stderr
     assert "5 trials together do not fit into memory" in answer.stderr
-    assert sorted(t.result["fleet_size"] for t in results.find(tmp_path / "outputs" / "m").trials) == [1, 2, 2, 2, 2]
+    assert sorted(t.result["fleet_size"] for t in storage.find(tmp_path / "outputs" / "m").trials) == [1, 2, 2, 2, 2]
 
 
 def test_halves_go_on_where_the_fleet_was(tmp_path):
@@ -742,7 +742,7 @@ def test_halves_go_on_where_the_fleet_was(tmp_path):
         assert state.keys() == whole_state.keys() and all((state[n] == whole_state[n][rows]).all() for n in state)
     answer = command(*words, cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
-    assert {t.result["fleet_size"] for t in results.find(tmp_path / "outputs" / "s").trials} == {2}
+    assert {t.result["fleet_size"] for t in storage.find(tmp_path / "outputs" / "s").trials} == {2}
 
 
 def test_a_removed_folder_ends_its_trial_alone(tmp_path):
@@ -756,7 +756,7 @@ def test_a_removed_folder_ends_its_trial_alone(tmp_path):
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 1 and "Traceback" not in errors, errors
     assert "was removed while the trial ran" in errors
-    assert [trial.result["config"]["seed"] for trial in results.find(root).trials] == [2]
+    assert [trial.result["config"]["seed"] for trial in storage.find(root).trials] == [2]
 
 
 # --- Hydra's other launchers and sweepers
@@ -771,7 +771,7 @@ def test_under_other_launchers_each_job_is_a_fleet_of_one(tmp_path, launcher):
         *SMALL, *FEW, "-m", "method=lora", "seed=1,2", "name=o", f"hydra/launcher={launcher}", *more, cwd=tmp_path
     )
     assert answer.returncode == 0, answer.stderr
-    found = results.find(tmp_path / "outputs" / "o").trials
+    found = storage.find(tmp_path / "outputs" / "o").trials
     assert [trial.result["fleet_size"] for trial in found] == [1, 1]
 
 
@@ -782,7 +782,7 @@ def test_optuna_receives_the_headline_score_in_batches(tmp_path):
     words += ["hydra.sweeper.storage=sqlite:///study.db", "hydra.sweeper.study_name=t"]
     answer = command(*words, cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
-    found = results.find(tmp_path / "outputs" / "t").trials
+    found = storage.find(tmp_path / "outputs" / "t").trials
     import optuna
 
     study = optuna.load_study(study_name="t", storage=f"sqlite:///{tmp_path}/study.db")

@@ -69,6 +69,7 @@ def report(options: argparse.Namespace) -> None:
         raise UserError("--range LOW HIGH: two factors above 0, the lower one first, as in --range 0.25 32")
 
     # After the options are read: `--help` and mistakes answer at once.
+    from delora import storage, winner
     from delora.report import curves, page, statistics, tables, trials
 
     found = trials.read(options.folders, options.layer)
@@ -80,6 +81,8 @@ def report(options: argparse.Namespace) -> None:
     notes = tables.notes(found, panels)
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
+    for best in winner.choose(storage.StoredTrial(trial.folder, trial.result) for trial in found.trials):
+        print(best, file=sys.stderr if options.only == "table" else sys.stdout)
 
     folder = options.output or _common(options.folders) / "report"
     if options.output and folder.is_symlink():  # it is named by the user, not by a folder of results

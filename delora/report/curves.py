@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from delora import results
+from delora import storage
 from delora.report import statistics
 from delora.report.statistics import Curve, Panel
 from delora.report.tables import number, task_name
@@ -188,7 +188,7 @@ def draw(
                 files.append(folder / f"{name}.{kind}")
                 drawn = io.BytesIO()
                 figure.savefig(drawn, format=kind, metadata=METADATA[kind])
-                results.replace(files[-1], drawn.getvalue())
+                storage.replace(files[-1], drawn.getvalue())
     return files
 
 

@@ -11,7 +11,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from delora import results
+from delora import storage
 from delora.report import curves, statistics
 from delora.report.statistics import Panel
 from delora.report.tables import EMPTY, Cell, Table, is_text, number, task_name
@@ -62,13 +62,13 @@ def write(
     page = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     head, *rest = page.split("<!--FILL ")  # in one pass: what is filled in may look like a place to fill
     filled = head + "".join(parts[name] + text for name, _, text in (piece.partition("-->") for piece in rest))
-    results.replace(path, filled.encode())
+    storage.replace(path, filled.encode())
     return path
 
 
 def _facts(trial: Trial) -> dict[str, Any]:
     """Everything about a trial by dotted key, as JSON has it: a number that is not finite is text."""
-    flat = results.flatten({**trial.result, "label": trial.label})
+    flat = storage.flatten({**trial.result, "label": trial.label})
     return {key: str(v) if isinstance(v, float) and not math.isfinite(v) else v for key, v in flat.items()}
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from delora import results
+from delora import storage
 from delora.config import show
 from delora.report import statistics
 from delora.report.statistics import Curve, Estimate, Panel, Robustness
@@ -622,5 +622,5 @@ def write(tables: Sequence[Table], folder: Path) -> list[Path]:
         again = sum(other.name == table.name for other in tables[: tables.index(table)])  # of another's, spelled alike
         texts[f"{table.name}{f'-{again + 1}' if again else ''}.csv"] = to_csv(table)
     for name, text in texts.items():
-        results.replace(folder / name, text.encode())
+        storage.replace(folder / name, text.encode())
     return [folder / name for name in texts]

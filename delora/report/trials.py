@@ -1,4 +1,4 @@
-"""Trials as reports see them: what `delora.results` finds, each with its place, label and learning rate."""
+"""Trials as reports see them: what `delora.storage` finds, each with its place, label and learning rate."""
 
 import functools
 import itertools
@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import yaml
 
-from delora import results
+from delora import storage
 from delora.cli import conf_folder
 from delora.config import NOT_THE_TRIAL, look_up, show
 from delora.encoders import matches
@@ -90,7 +90,7 @@ class Trial:
     """
 
     folder: Path
-    result: results.Result
+    result: storage.Result
     history: list[Point]
     task: str
     model: str
@@ -152,11 +152,11 @@ def read(folders: Sequence[Path], layer: str | None = None) -> Collection:
         UserError: a folder does not exist, none holds a trial, or no layer is named so.
     """
     made = Collection()
-    stored: dict[Path, results.StoredTrial] = {}
+    stored: dict[Path, storage.StoredTrial] = {}
     for folder in folders:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such folder. delora-run writes results to outputs/<name>")
-        found = results.find(folder)
+        found = storage.find(folder)
         stored |= {trial.folder.resolve(): trial for trial in found.trials}
         made.left_out += [*found.problems, *((path, "not finished") for path in found.unfinished)]
     names: set[str] = set()
@@ -168,7 +168,7 @@ def read(folders: Sequence[Path], layer: str | None = None) -> Collection:
             made.trials.append(_trial(trial, evaluations, layer))
             last = evaluations[-1:]
             names |= {name for line in last for name in (*line["distance"], *line.get("change", ()))}
-        except results.ResultsError as error:
+        except storage.ResultsError as error:
             made.left_out.append((trial.folder, str(error)))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             reason = f"{error.args[0]!r} is missing" if isinstance(error, KeyError) else str(error)
@@ -186,9 +186,9 @@ def read(folders: Sequence[Path], layer: str | None = None) -> Collection:
     return made
 
 
-def _trial(stored: results.StoredTrial, evaluations: Sequence[results.Evaluation], layer: str | None) -> Trial:
+def _trial(stored: storage.StoredTrial, evaluations: Sequence[storage.Evaluation], layer: str | None) -> Trial:
     """Raises ValueError, KeyError, TypeError or AttributeError for a config that is not of delora-run."""
-    result: results.Result = _printable(stored.result)
+    result: storage.Result = _printable(stored.result)
     config = result["config"]
     task, headline, protocol = _get(config, "task.name", str), result["headline"], _get(config, "protocol.name", str)
     if task not in TASKS or headline != TASKS[task].headline:
@@ -232,7 +232,7 @@ def _trial(stored: results.StoredTrial, evaluations: Sequence[results.Evaluation
         validation=validation,
         settings={
             key: value
-            for key, value in results.flatten(config).items()
+            for key, value in storage.flatten(config).items()
             if not any(key == part or key.startswith(f"{part}.") for part in (*PLACE, *NOT_THE_TRIAL))
         },
     )
@@ -298,7 +298,7 @@ def _tell_apart(trials: Sequence[Trial], origin: Literal["weights", "data"], nam
 def _what_differs(firsts: Sequence[Trial], origin: Literal["weights", "data"], name: str) -> list[str]:
     """For each trial a text that tells its encoder or data from the others'."""
     made_of = [trial.result["made_by"][origin] for trial in firsts]
-    configs = [results.flatten(trial.config[name]) for trial in firsts]
+    configs = [storage.flatten(trial.config[name]) for trial in firsts]
     keys = [key for key in dict.fromkeys(itertools.chain(*configs)) if len({show(c.get(key)) for c in configs}) > 1]
     ways: list[Callable[[int], str]] = [
         lambda i: Path(made_of[i]["source"]).name,

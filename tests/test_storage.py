@@ -18,11 +18,11 @@ import pytest
 import torch
 import yaml
 
-from delora import results
+from delora import storage
 from delora.errors import UserError
-from delora.results import ResultsError, find, open_trial, read, read_tensors, without_hashes, writing
-from delora.results import made_by as made_by_room
-from delora.results.files import content
+from delora.storage import ResultsError, find, open_trial, read, read_tensors, without_hashes, writing
+from delora.storage import made_by as made_by_room
+from delora.storage.files import content
 
 CONFIG = {
     "task": {"name": "mrpc"},
@@ -38,7 +38,7 @@ CONFIG = {
 def a_result(config=CONFIG, **changes) -> dict:
     best = {"epoch": 2, "step": 20, "validation": {"loss": 0.4, "accuracy": 0.9}, "test": {"accuracy": 0.8}}
     made = {
-        "schema": results.SCHEMA,
+        "schema": storage.SCHEMA,
         "id": "mrpc-delora",
         "sweep": None,
         "status": "done",
@@ -58,8 +58,8 @@ def a_result(config=CONFIG, **changes) -> dict:
     return made | changes
 
 
-def made_by() -> results.MadeBy:
-    return results.provenance(
+def made_by() -> storage.MadeBy:
+    return storage.provenance(
         device="cpu",
         precision="float32",
         determinism={"threads": 2},
@@ -73,7 +73,7 @@ def in_process(code: str, *arguments: object, **options) -> subprocess.Popen:
     command = [
         sys.executable,
         "-c",
-        "import sys\nfrom delora.errors import UserError\nfrom delora.results import *\n" + code,
+        "import sys\nfrom delora.errors import UserError\nfrom delora.storage import *\n" + code,
         *map(str, arguments),
     ]
     folder = Path(__file__).parents[1]
@@ -321,7 +321,7 @@ def test_one_process_holds_many_trials(tmp_path):
 # --- Trials that were interrupted
 
 
-def interrupted(path: Path) -> list[results.Extent]:
+def interrupted(path: Path) -> list[storage.Extent]:
     """A trial killed in the middle of a line; how far it was after each of its lines."""
     extents = []
     with open_trial(path, CONFIG) as folder:
@@ -567,7 +567,7 @@ def whole(tmp_path_factory) -> Path:
     with open_trial(folder, CONFIG) as trial:
         trial.record({"kind": "evaluation", "step": 0, "epoch": 0, "loss": 0.7, "metrics": {"accuracy": 0.5}})
         trial.record({"kind": "step", "step": 10, "epoch": 1.0, "loss": 0.5, "lr": 1e-3, "seconds": 1.0})
-        for name in (results.ADAPTER, results.PREDICTIONS):
+        for name in (storage.ADAPTER, storage.PREDICTIONS):
             trial.save_tensors(name, {"a": torch.arange(12.0), "b": torch.ones(2, 2)}, {"id": "x"})
         trial.finish(a_result())
     return folder
@@ -575,7 +575,7 @@ def whole(tmp_path_factory) -> Path:
 
 def read_all(folder: Path) -> object:
     trial = read(folder)
-    tensors = [trial.tensors(name, "pt") for name in (results.ADAPTER, results.PREDICTIONS)]
+    tensors = [trial.tensors(name, "pt") for name in (storage.ADAPTER, storage.PREDICTIONS)]
     return trial.result, list(trial.steps()), list(trial.evaluations()), repr(tensors)
 
 
@@ -623,7 +623,7 @@ def test_nothing_is_written_through_a_link(path, tmp_path, name):
             folder.restart()
             folder.record({"kind": "step", "step": 1})
             folder.log("text")
-            for file in (results.ADAPTER, results.PREDICTIONS):
+            for file in (storage.ADAPTER, storage.PREDICTIONS):
                 folder.save_tensors(file, {"a": torch.ones(2)}, {})
             folder.finish(a_result())
     except UserError as error:
@@ -641,9 +641,9 @@ def test_no_part_of_the_path_is_a_link(tmp_path):
     assert not list((tmp_path / "elsewhere" / "trial").iterdir())
     open_trial(tmp_path / "mine" / "trial", CONFIG, root=tmp_path / "mine").close()
     with pytest.raises(UserError, match="sweep is a link"):
-        results.replace(tmp_path / "mine" / "sweep" / "a", b"x")
+        storage.replace(tmp_path / "mine" / "sweep" / "a", b"x")
     (tmp_path / "b").symlink_to(tmp_path / "elsewhere" / "b")
-    results.replace(tmp_path / "b", b"x")
+    storage.replace(tmp_path / "b", b"x")
     assert not (tmp_path / "b").is_symlink() and not (tmp_path / "elsewhere" / "b").exists()
 
 
@@ -667,13 +667,13 @@ def test_what_is_no_regular_file_is_refused_and_never_waited_for(path, kind, nam
     start = time.monotonic()
     for use in (
         lambda: read(path),
-        lambda: list(results.StoredTrial(path, a_result(schema=1)).steps()),
-        lambda: results.StoredTrial(path, a_result(schema=1)).tensors(name, "pt"),
+        lambda: list(storage.StoredTrial(path, a_result(schema=1)).steps()),
+        lambda: storage.StoredTrial(path, a_result(schema=1)).tensors(name, "pt"),
         lambda: open_trial(path, CONFIG).close(),
     ):
         with contextlib.suppress(UserError):
             use()
-    assert results.stored_config(path) == (None if name == "config.yaml" else CONFIG)
+    assert storage.stored_config(path) == (None if name == "config.yaml" else CONFIG)
     find(path)
     assert time.monotonic() - start < 5
 
@@ -686,7 +686,7 @@ def test_a_config_that_multiplies_itself_is_none(path):
     others = ("a: " + "[" * 100_000, "a: 2020-13-45", "1: {[2]: 3}", "a: 2020-01-01", "a: \x00", "- 1")
     for text in ("\n".join(lines), *others):
         (path / "config.yaml").write_text(text)
-        assert results.stored_config(path) is None
+        assert storage.stored_config(path) is None
         with pytest.raises(UserError, match=r"config\.yaml: not a config of delora-run"):
             open_trial(path, CONFIG)
 
@@ -740,7 +740,7 @@ def test_provenance_tells_versions_and_nothing_of_the_person():
     assert made["torch"] == torch.__version__
     assert made["python"] == sys.version.split()[0] and made["data"]["source"] == "files" and made["cpu"]
     text = json.dumps(made)
-    assert not any(str(place) in text for place in (Path.home(), Path.cwd(), Path(results.__file__).parents[1]))
+    assert not any(str(place) in text for place in (Path.home(), Path.cwd(), Path(storage.__file__).parents[1]))
 
 
 def test_the_commit_is_the_checkouts_that_the_code_runs_from(tmp_path, monkeypatch):

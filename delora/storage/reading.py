@@ -11,8 +11,8 @@ from typing import Any, Literal, cast
 
 import yaml  # type: ignore[import-untyped]
 
-from delora.results.files import LOG_LIMIT, TENSOR_LIMIT, ResultsError, content, regular
-from delora.results.schema import (
+from delora.storage.files import LOG_LIMIT, TENSOR_LIMIT, ResultsError, content, regular
+from delora.storage.schema import (
     CONFIG,
     METRICS,
     RESULT,

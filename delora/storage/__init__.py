@@ -6,16 +6,16 @@ A trial's folder holds
     result.json              a `Result`, written last: its `status` alone says how the trial ended, its hashes what
                              the files beside it have to be
     adapter.safetensors      the best adapter with the head
-    predictions.safetensors  logits of that checkpoint
+    predictions.safetensors  logits of that checkpoint by split, each with its rows' numbers, hashes of texts and labels
     log.txt                  what happened, with the traceback of a trial that failed
 Files other than the two that grow are replaced whole: a reader sees the old one or the new one, never a part.
 Nothing is written through a link, nothing but regular files is read.
 """
 
-from delora.results.files import Folder, ResultsError, content, replace
-from delora.results.made_by import cpu_name, provenance
-from delora.results.reading import Found, StoredTrial, find, finished, read, read_tensors, stored_config
-from delora.results.schema import (
+from delora.storage.files import Folder, ResultsError, content, replace
+from delora.storage.made_by import cpu_name, provenance, versions
+from delora.storage.reading import Found, StoredTrial, find, finished, read, read_tensors, stored_config
+from delora.storage.schema import (
     ADAPTER,
     CONFIG,
     LOG,
@@ -38,7 +38,7 @@ from delora.results.schema import (
     flatten,
     without_hashes,
 )
-from delora.results.writing import WAYS_ON, ConfigChanged, InUse, TrialFolder, open_trial, set_aside
+from delora.storage.writing import WAYS_ON, ConfigChanged, InUse, TrialFolder, open_trial, set_aside
 
 __all__ = [
     "ADAPTER",
@@ -80,5 +80,6 @@ __all__ = [
     "replace",
     "set_aside",
     "stored_config",
+    "versions",
     "without_hashes",
 ]

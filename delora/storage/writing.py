@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any, Self
 import yaml  # type: ignore[import-untyped]
 
 from delora.errors import UserError
-from delora.results.files import LOG_LIMIT, Folder, ResultsError, explain, write
-from delora.results.reading import StoredTrial, parse_config, parse_result
-from delora.results.schema import (
+from delora.storage.files import LOG_LIMIT, Folder, ResultsError, explain, write
+from delora.storage.reading import StoredTrial, parse_config, parse_result
+from delora.storage.schema import (
     ADAPTER,
     CONFIG,
     LOG,

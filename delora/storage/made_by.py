@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, cast
 
-from delora.results.schema import DataOrigin, MadeBy, Origin
+from delora.storage.schema import DataOrigin, MadeBy, Origin
 
 PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "numpy", "safetensors", "hydra-core")
 
@@ -32,10 +32,7 @@ def provenance(
         determinism: what decides whether the same run gives the same bits: threads, algorithms, TF32.
     """
     made_by = {
-        "delora": _version("delora"),
-        "commit": _commit(Path(__file__).parent),
-        "python": platform.python_version(),
-        **{package: _version(package) for package in PACKAGES},
+        **versions(),
         "os": platform.platform(),
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
@@ -47,6 +44,12 @@ def provenance(
         **({"start": start} if start else {}),
     }
     return cast(MadeBy, made_by)
+
+
+def versions() -> dict[str, str | None]:
+    """Of delora, with the commit of its checkout, of Python and of the packages that results depend on."""
+    own = {"delora": _version("delora"), "commit": _commit(Path(__file__).parent), "python": platform.python_version()}
+    return {**own, **{package: _version(package) for package in PACKAGES}}
 
 
 @functools.cache
