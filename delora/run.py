@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, cast
 
+import numpy as np
 import safetensors.torch
 import torch
 import transformers
@@ -31,6 +32,7 @@ from delora.data.batches import Tokens
 from delora.data.splits import paper_split
 from delora.errors import UserError
 from delora.methods.base import Method
+from delora.metrics import score
 from delora.missing import missing_encoder, start_of, start_sha256
 from delora.model import DTYPES, Fleet, check_unknown
 from delora.results import Extent, Result, ResultsError, TrialFolder
@@ -87,7 +89,12 @@ def run_fleet(
             "compiled": compiled,
             "recorded": fleet.recorded,
         },
-        data={"source": dataset.source, "sha256": dataset.sha256, "published": dataset.published},
+        data={
+            "source": dataset.source,
+            "sha256": dataset.sha256,
+            "published": dataset.published,
+            "guessing": guessing(task, dataset.splits["validation"].labels),
+        },
         weights={"source": encoder.source, "sha256": encoder.sha256, "revision": encoder.revision},
         start=start,
     )
@@ -222,6 +229,17 @@ def _prepare(task: Task, data, model, max_length: int, batch_size: int, device: 
     if cut:
         logger.warning("%d of %d examples are longer than max_length=%d tokens and were cut", cut, rows, max_length)
     return dataset, tokens, known
+
+
+def guessing(task: Task, labels: np.ndarray) -> float:
+    """The highest headline score of always predicting the same class, a fraction; 0 where labels are scores.
+
+    Args:
+        labels: (rows,) class ids or scores.
+    """
+    if task.labels is None:
+        return 0.0
+    return max(score(task, np.full_like(labels, label), labels)[task.headline] for label in range(task.num_labels))
 
 
 def for_trials(task: Task, tokens: Mapping[str, Tokens], trials: Sequence[Trial]) -> Data:

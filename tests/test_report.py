@@ -24,6 +24,7 @@ from delora.errors import UserError
 from delora.report import curves, statistics, tables, trials
 from delora.report.cli import main
 from delora.report.statistics import Panel
+from delora.tasks import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,25 @@ def test_a_trial_without_a_score_counts_as_guessing(tmp_path):
     assert mrpc.curves[0].score_FS.tolist() == [[0.9, 279 / 408]]
     assert cola.curves[0].score_FS.tolist() == [[0.0, 0.0]]
     assert mrpc.curves[0].scoreless_FS.tolist() == cola.curves[0].scoreless_FS.tolist() == [[False, True]]
+
+
+def test_a_task_of_ones_own_is_reported(tmp_path, capsys):
+    """It is in no table of tasks; a metric without a longer name stands as it is."""
+    own = {"name": "reviews", "labels": ["bad", "fair", "good"], "metric": ["macro_f1"]}
+    for seed, score in enumerate((0.5, 0.7, None)):
+        folder = fake_trials.write(tmp_path / str(seed), score, seed=seed, status="done" if score else "diverged")
+        path = folder / "result.json"
+        path.write_text(path.read_text().replace('"accuracy"', '"macro_f1"'))
+        path = folder / "metrics.jsonl"
+        path.write_text(path.read_text().replace('"accuracy"', '"macro_f1"'))
+        fake_trials.change(folder, config__task=own, made_by__data__guessing=0.2)
+    assert main([str(tmp_path)]) == 0
+    (row,) = rows(tmp_path / "report" / "scores-minilm-paper-glue.csv")
+    assert float(row["reviews"]) == pytest.approx(100 * (0.5 + 0.7 + 0.2) / 3)
+    assert "Metric, in percent: macro_f1;" in capsys.readouterr().out
+    unknown = fake_trials.write(tmp_path / "unknown", 0.5)
+    fake_trials.change(unknown, config__task={"name": "reviews"})
+    assert (unknown, "task 'reviews' scored by 'accuracy' is not known") in trials.read([tmp_path]).left_out
 
 
 def test_a_trial_that_diverged_at_once_counts(tmp_path):
@@ -305,11 +325,13 @@ def test_published_rows_are_the_papers(shared):
 
 
 @pytest.mark.parametrize(("task", "column"), [("mrpc", "Quality"), ("rte", "label"), ("sst2", "label")])
-def test_guessing_is_the_most_frequent_class(shared, task, column):
-    path = shared / "glue" / tables.task_name(task) / "dev.tsv"
+def test_guessing_is_the_most_frequent_class(shared, tmp_path, task, column):
+    path = shared / "glue" / TASKS[task].folder / "dev.tsv"
     with path.open(encoding="utf-8-sig", newline="") as file:
         labels = [row[column] for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
-    assert statistics.guessing(task) == max(map(labels.count, set(labels))) / len(labels)
+    share = max(map(labels.count, set(labels))) / len(labels)
+    fake_trials.write(tmp_path / "a", 0.8, task=task)
+    assert statistics.guessing(trials.read([tmp_path]).trials) == share
 
 
 def test_only_the_same_encoder_stands_beside_published_rows(tmp_path):

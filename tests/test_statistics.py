@@ -136,11 +136,27 @@ def test_the_range_is_what_all_curves_cover(grids, span):
     assert statistics.common_span(curves) == span
 
 
-def test_guessing():
-    assert statistics.guessing("stsb") == statistics.guessing("cola") == 0
-    assert statistics.guessing("stsb", synthetic=True) == 0
-    assert statistics.guessing("mnli", synthetic=True) == 1 / 3
-    assert statistics.guessing("wnli") == 40 / 71
+def test_guessing(tmp_path):
+    """As the results hold it; else GLUE's, and of other data a class of several."""
+    synthetic = {"name": "synthetic", "seed": 0}
+    own = {"name": "reviews", "labels": ["bad", "fair", "good"], "metric": ["accuracy", "f1"]}
+    for i, (written, settings, stored, expected) in enumerate(
+        [
+            ("stsb", {}, None, 0),
+            ("cola", {}, None, 0),
+            ("stsb", {"data": synthetic}, None, 0),
+            ("mrpc", {"data": synthetic, "task": {"name": "mnli"}}, None, 1 / 3),
+            ("mrpc", {"task": {"name": "wnli"}}, None, 40 / 71),
+            ("mrpc", {"data": synthetic}, 0.55, 0.55),
+            ("mrpc", {"task": own}, None, 1 / 3),
+            ("mrpc", {"task": own}, 0.5, 0.5),
+        ]
+    ):
+        folder = fake_trials.write(tmp_path / str(i) / "a", 0.6, task=written)
+        changes = {f"config__{key}": value for key, value in settings.items()}
+        fake_trials.change(folder, **changes, **({"made_by__data__guessing": stored} if stored else {}))
+        fake_trials.write(tmp_path / str(i) / "b", None, status="failed")
+        assert statistics.guessing(trials.read([folder.parent]).trials) == expected
 
 
 def test_a_range_ends_where_the_mean_of_all_seeds_does():

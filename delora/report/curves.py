@@ -16,9 +16,8 @@ import numpy as np
 from delora import results
 from delora.report import statistics
 from delora.report.statistics import Curve, Panel
-from delora.report.tables import number, task_name
+from delora.report.tables import number
 from delora.report.trials import label_order, looks
-from delora.tasks import TASKS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -206,7 +205,7 @@ def _pictures(panels: Sequence[Panel], layer: str | None, factor: float | None) 
 
 def panel_titles(panels: Sequence[Panel]) -> list[str]:
     """The tasks, with encoder, protocol and data where these are not the same in all panels."""
-    parts = [[task_name(p.task), p.model, p.protocol, p.data] for p in panels]
+    parts = [[p.facts.folder, p.model, p.protocol, p.data] for p in panels]
     varying = [0, *(i for i in (1, 2, 3) if len({part[i] for part in parts}) > 1)]
     return [", ".join(part[i] for i in varying) for part in parts]
 
@@ -214,7 +213,7 @@ def panel_titles(panels: Sequence[Panel]) -> list[str]:
 def y_label(panel: Panel, quantity: str, x: str, layer: str | None) -> str:
     if quantity == "score":
         split = "validation" if x == "step" else panel.split
-        return f"{split} {METRICS[TASKS[panel.task].headline]} (%)"
+        return f"{split} {METRICS.get(panel.facts.headline, panel.facts.headline)} (%)"
     return f"{SYMBOLS[quantity]}, {layer or 'mean over layers'}"
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from delora import results
 from delora.report import curves, statistics
 from delora.report.statistics import Panel
-from delora.report.tables import EMPTY, Cell, Table, is_text, number, task_name
+from delora.report.tables import EMPTY, Cell, Table, is_text, number
 from delora.report.trials import Trial
 
 EVALUATIONS = 60  # of a trial, drawn over training: more would not be told apart
@@ -76,7 +76,7 @@ def _title(panels: Sequence[Panel]) -> str:
     """The tasks of each encoder."""
     tasks: dict[str, dict[str, None]] = {}
     for panel in panels:
-        tasks.setdefault(panel.model, {})[task_name(panel.task)] = None
+        tasks.setdefault(panel.model, {})[panel.facts.folder] = None
     return "; ".join(f"{', '.join(names)}: {model}" for model, names in tasks.items())
 
 
@@ -195,7 +195,7 @@ def _trials(trials: Iterable[Trial]) -> Table:
         best = trial.result["best"]
         rows.append(
             [
-                Cell(task_name(trial.task)),
+                Cell(trial.facts.folder),
                 Cell(trial.model),
                 Cell(trial.label),
                 Cell(number(trial.factor), {"": trial.factor}),

@@ -22,7 +22,7 @@ import numpy as np
 import yaml  # type: ignore[import-untyped]
 
 from delora.report.trials import Trial, label_order
-from delora.tasks import TASKS
+from delora.tasks import Task
 
 DRAWS = 2000
 SHUFFLES = 4999  # beside what was seen: the lowest p-value is 1 in 5,000
@@ -122,6 +122,10 @@ class Panel:
     select: Select
 
     @property
+    def facts(self) -> Task:
+        return self.trials[0].facts
+
+    @property
     def split(self) -> str:
         return "test" if self.protocol == "paper" else "validation"
 
@@ -151,19 +155,22 @@ def published() -> dict[str, Any]:
     return yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
 
 
-def guessing(task: str, synthetic: bool = False) -> float:
-    """What always guessing the same scores: the floor of every curve.
+def guessing(trials: Sequence[Trial]) -> float:
+    """What always guessing the same scores on the trials' validation rows, a fraction: the floor of every curve.
 
     It stands for the untrained model, whose accuracy is that of whatever class its head happens to prefer; guessing the
-    most frequent class is the best that no training can do. Correlations and Matthews have 0. The classes of synthetic
-    data are taken as equally frequent.
+    most frequent class is the best that no training can do. Correlations and Matthews have 0. Results hold it; of old
+    ones that do not, GLUE's is known, and other data's classes are taken as equally frequent.
     """
-    facts = TASKS[task]
+    stored = [trial.result["made_by"]["data"].get("guessing") for trial in trials]
+    if known := [score for score in stored if score is not None]:
+        return known[0]
+    facts = trials[0].facts
     if facts.headline != "accuracy":
         return 0.0
-    if synthetic:
+    if trials[0].synthetic or facts.name not in published()["most_frequent_class"]:
         return 1 / facts.num_labels
-    rows, all_rows = published()["most_frequent_class"][task]
+    rows, all_rows = published()["most_frequent_class"][facts.name]
     return rows / all_rows
 
 
@@ -185,7 +192,7 @@ def panels(trials: Iterable[Trial], span: Span | None = None, select: Select = "
         by_place[trial.place][trial.label].append(trial)
     made = []
     for place, by_label in sorted(by_place.items(), key=lambda item: (task_order(item[0][0]), *item[0])):
-        floor = guessing(place[0], next(iter(by_label.values()))[0].synthetic)
+        floor = guessing([trial for some in by_label.values() for trial in some])
         curves = [curve(label, by_label[label], floor, select) for label in sorted(by_label, key=label_order)]
         heads = [c for c in curves if c.trials_at(0)[0].result["parameters"]["adapter"] == 0]
         adapted = [c for c in curves if c not in heads]

@@ -89,10 +89,6 @@ def _table(kind: str, group: Sequence[Panel], title: str, caption: str, columns:
     return Table(name, f"{title}: {where}", caption, columns, **content)
 
 
-def task_name(task: str) -> str:
-    return TASKS[task].folder
-
-
 def _labels(group: Iterable[Panel]) -> list[str]:
     return sorted({curve.label for panel in group for curve in panel.curves}, key=label_order)
 
@@ -121,7 +117,7 @@ def _scores(group: Sequence[Panel]) -> Table:
         rules = [len(rows), len(rows) + len(differences)]
         rows += differences + _published_rows([panel.task for panel in group], " (published)")
         caption += f" {_versus_published(group)}"
-    columns = ["method", "parameters", "n", *(task_name(panel.task) for panel in group), "average"]
+    columns = ["method", "parameters", "n", *(panel.facts.folder for panel in group), "average"]
     return _table("scores", group, title, caption, columns, rows=rows, rules=sorted({*rules} - {len(rows)}))
 
 
@@ -164,7 +160,7 @@ def _ladder(group: Sequence[Panel]) -> Table:
         f"3 go up from LoRA, 7 to 4 from ETHER+ on one side. Rung 6 has λ/2 as in the paper's Eq. 10. Scores and worst "
         f"drops, in percent on {group[0].split}, as in the tables of scores and robustness."
     )
-    tasks = [name for panel in group for name in (task_name(panel.task), f"{task_name(panel.task)} worst drop")]
+    tasks = [name for panel in group for name in (panel.facts.folder, f"{panel.facts.folder} worst drop")]
     return _table("ladder", group, "The ladder", caption, ["rung", "ΔW", "adds", "n", *tasks], rows=rows)
 
 
@@ -221,14 +217,14 @@ def _published(tasks: list[str], models: Sequence[str]) -> Table:
         f"Protocol: {facts['said']}. {', '.join(own)} was run by the paper's authors, the other rows are quoted there. "
         f"The average is over the tasks shown."
     )
-    columns = ["method", "parameters", "n", *map(task_name, tasks), "average"]
+    columns = ["method", "parameters", "n", *(TASKS[task].folder for task in tasks), "average"]
     title = f"Published, {facts['encoder']}: another encoder or other data"
     return Table("published", title, caption, columns, _published_rows(tasks))
 
 
 def _score_caption(group: Sequence[Panel]) -> str:
     trials = [trial for panel in group for trial in panel.trials]
-    metrics = {task_name(panel.task): METRICS[TASKS[panel.task].headline] for panel in group}
+    metrics = {panel.facts.folder: METRICS.get(panel.facts.headline, panel.facts.headline) for panel in group}
     inits = {trial.config["method"]["init"] for trial in trials if "init" in trial.config["method"]}
     heads = sorted({trial.result["parameters"]["head"] for trial in trials})
     data = f"{group[0].data}, not GLUE's" if group[0].synthetic else group[0].data.replace("glue", "GLUE", 1)
@@ -272,11 +268,11 @@ def _versus_published(group: Sequence[Panel]) -> str:
 
 
 def _setting(group: Sequence[Panel], key: str) -> str:
-    return _by_task({task_name(p.task): _listed(trial.config[key] for trial in p.trials) for p in group})
+    return _by_task({p.facts.folder: _listed(trial.config[key] for trial in p.trials) for p in group})
 
 
 def _floors(group: Sequence[Panel]) -> str:
-    return ", ".join(f"{task_name(panel.task)} {100 * panel.floor:.1f}" for panel in group)
+    return ", ".join(f"{panel.facts.folder} {100 * panel.floor:.1f}" for panel in group)
 
 
 def _by_task(values: Mapping[str, str]) -> str:
@@ -302,7 +298,7 @@ def _robustness(group: Sequence[Panel]) -> Table:
         rules.append(len(rows))
         for curve in panel.curves:
             rows.append(_robustness_row(panel, curve, numbers[len(rows)], family[len(rows)]))
-    spans = {task_name(p.task): "–".join(map(number, p.span)) if p.span else "none in common" for p in group}
+    spans = {p.facts.folder: "–".join(map(number, p.span)) if p.span else "none in common" for p in group}
     caption = (
         f"Scores on {group[0].split}, in percent, of the checkpoint that is best on validation; the best rate is the "
         f"one with {_selection(group)}. Tolerated: decades of learning rate around it within 1 point of "
@@ -326,7 +322,7 @@ def _robustness_row(panel: Panel, curve: Curve, numbers: Robustness, corrected: 
     edge = " (edge of the grid)" if curve.best_is_on_edge else ""
     diverged = sum(trial.diverged for trial in curve.trials.values())
     return [
-        Cell(task_name(panel.task)),
+        Cell(panel.facts.folder),
         Cell(curve.label),
         Cell(str(len(curve.trials)), {"": len(curve.trials)}),
         Cell(str(diverged), {"": diverged}),
@@ -379,7 +375,7 @@ def _medians(group: Sequence[Panel]) -> Table:
     rules: list[int] = []
     for panel in group:
         rules.append(len(rows))
-        rows += [_median_row(task_name(panel.task), c.label, [c.best_scores_S]) for c in panel.curves]
+        rows += [_median_row(panel.facts.folder, c.label, [c.best_scores_S]) for c in panel.curves]
     if len(group) > 1:
         rules.append(len(rows))
         for label in _labels(group):
@@ -422,7 +418,7 @@ def _comparisons(group: Sequence[Panel]) -> Table:
                 continue
             more = "more sensitive" if c.what == "sensitivity" else "higher"
             shown = Cell(f"{c.higher} is {more}" if c.higher else "no difference shown")
-            names = [task_name(panel.task), c.what, c.first, c.second]
+            names = [panel.facts.folder, c.what, c.first, c.second]
             difference, n = interval(c.difference, form="+.2f"), Cell(str(c.n), {"": c.n})
             rows.append([*map(Cell, names), difference, _p(c.p), _p(c.corrected), n, shown])
     families = [f"{_tested([c.p for c in compared if c.what == w])} of {w}" for w in {c.what: None for c in compared}]
@@ -454,13 +450,13 @@ def notes(found: Collection, panels: Sequence[Panel]) -> list[str]:
     for reason, paths in reasons.items():
         more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
         said.append(printable(f"left out: {', '.join(paths[:3])}{more}: {reason}"))
-    origins = [(trial.task, trial.result["made_by"]["data"]) for trial in found.trials]
+    origins = [(trial.facts.folder, trial.result["made_by"]["data"]) for trial in found.trials]
     unknown = {task: None for task, data in origins if data.get("published", True) is None}
     if unknown:
-        named = ", ".join(map(task_name, unknown))
+        named = ", ".join(unknown)
         said.append(f"{named}: rows that are as many as GLUE's; the hash of the published ones is not known")
     for panel in panels:
-        where = f"{task_name(panel.task)}, {panel.model}"
+        where = f"{panel.facts.folder}, {panel.model}"
         said += [f"{where}: {note}" for curve in (*panel.curves, *panel.heads) for note in _doubts(curve)]
         for key, values in _differing(panel).items():
             said.append(f"{where}: methods differ in {key}: {values}")
