@@ -5,8 +5,9 @@ Shapes: F learning rates, S seeds, B draws of seeds or shuffles of rates, P poin
 Intervals resample the seeds: all rates of a seed share its split, data order and initial values, so whole seeds are
 drawn with replacement, the same draws for every method, and each number is computed anew from every draw. Up to seven
 seeds all draws there are (126 for five) are taken, each with its probability, else `DRAWS` at random. They are 95 %
-percentile intervals, and with five seeds they are on the narrow side. The worst drop is a maximum, so that its interval
-excludes zero for a flat curve too: whether there is one is told by `chance`.
+percentile intervals; with five seeds they are on the narrow side, and with fewer than `FEWEST` there are none. The
+worst drop is a maximum, so that its interval excludes zero for a flat curve too: whether there is one is told by
+`chance`.
 """
 
 import functools
@@ -27,6 +28,7 @@ from delora.tasks import Task
 DRAWS = 2000
 SHUFFLES = 4999  # beside what was seen: the lowest p-value is 1 in 5,000
 LEVEL = 0.95
+FEWEST = 3  # seeds of an interval: resampling two only tells their distance
 TOLERANCE = 0.01  # a rate is tolerated if it scores within one point of the best
 ALL_PAIRS = 16  # methods of a panel up to which each is compared with each
 Span = tuple[float, float]  # the lowest and the highest factor of a range
@@ -261,10 +263,10 @@ def estimate(values_B: np.ndarray, seeds: int, at_least: bool = False, rests_on:
     """The first of the values with the interval of the others, one for each of the `draws` of so many seeds.
 
     Args:
-        rests_on: how many trials the first value rests on, where not on all seeds: a single one leaves no spread.
+        rests_on: how many trials the first value rests on, where not on all seeds.
     """
     value, resampled_B = float(values_B[0]), values_B[1:]
-    if (rests_on or seeds) < 2 or math.isnan(value) or np.isnan(resampled_B).all():
+    if (rests_on or seeds) < FEWEST or math.isnan(value) or np.isnan(resampled_B).all():
         return Estimate(value, at_least=at_least)
     return Estimate(value, *percentiles(resampled_B, resamples(seeds)[1]), at_least)
 
@@ -493,7 +495,7 @@ def iqm(values: np.ndarray) -> np.ndarray:
 def pooled(samples: Sequence[np.ndarray], statistic: Callable[[np.ndarray], np.ndarray]) -> Estimate:
     """A statistic of the values of several tasks together, each task's (n,) resampled within itself."""
     value = float(statistic(np.concatenate(samples)))
-    if min(map(len, samples)) < 2:
+    if min(map(len, samples)) < FEWEST:
         return Estimate(value)
     if len(samples) == 1:
         index_BN, weight_B = resamples(len(samples[0]))

@@ -371,5 +371,5 @@ def _leave_out_repeats(made: Collection) -> None:
     for trial in made.trials:
         first = kept.setdefault((trial.place, trial.label, trial.factor, trial.seed), trial)
         if first is not trial:
-            made.left_out.append((trial.folder, f"the same trial as {first.folder}"))
+            made.left_out.append((trial.folder, f"the same trial is in {first.folder.parent}"))
     made.trials = list(kept.values())
