@@ -140,6 +140,14 @@ def visible(values: np.ndarray, quantity: str) -> np.ndarray:
     return np.maximum(values, LEAST_DROP) if quantity == "drop" else values
 
 
+def line(values_FS: np.ndarray, quantity: str) -> np.ndarray:
+    """Mean over the seeds and interval's ends at each rate, (3, F); a drop's interval is the score's, drawn there."""
+    band_3F = visible(statistics.band(values_FS), quantity)
+    if quantity == "drop":
+        band_3F[1:] = np.nan
+    return band_3F
+
+
 def spread(x_F: np.ndarray, curve: Curve, place: int, curves: int) -> np.ndarray:
     """Where trials are drawn, (F, S): a little apart by seed, and by the place of their curve among all curves."""
     step = min([math.log(2), *np.diff(np.log(x_F))])
@@ -276,12 +284,14 @@ def _by_rate(
         for place, curve in enumerate(panel.curves):
             x_F, values_FS = getattr(curve, f"{x}s_F"), at_rates(curve, quantity)
             style, x_FS = look[curve.label], spread(x_F, curve, place, len(panel.curves))
-            _draw_band(axis, style, x_F, visible(statistics.band(values_FS), quantity))
-            values_FS, lost_FS = visible(values_FS, quantity), lost(curve, quantity)
+            _draw_band(axis, style, x_F, line(values_FS, quantity))
+            if quantity == "drop":
+                continue  # the trials are those of the scores above
+            lost_FS = lost(curve, quantity)
             points: dict[str, Any] = {"s": 6, "marker": style.marker, "alpha": 0.35, "linewidths": 0, "zorder": 2}
             shown_FS = ~lost_FS & ~np.isnan(values_FS)
             axis.scatter(x_FS[shown_FS], values_FS[shown_FS], color=style.color, **points)
-            if quantity in ("score", "drop"):
+            if quantity == "score":
                 axis.scatter(x_FS[lost_FS], values_FS[lost_FS], color=style.color, **LOST)
             else:
                 top: dict[str, Any] = {"transform": axis.get_xaxis_transform(), "clip_on": False}
@@ -294,7 +304,7 @@ def _by_rate(
             _log_axis(axis, LEAST_DROP if quantity == "drop" else None)
     note = "×: diverged or no defined score, counted as guessing."
     if "drop" in quantities:
-        note += " Drop: from the method's own mean at its best rate."
+        note += " Drop: of the mean, from that at the method's best rate."
     if "score" not in quantities:
         note = f"× at the top: diverged, without a {quantities[0]}. At the end of training."
     if "change" in quantities:

@@ -125,7 +125,7 @@ def _by_rate(panel: Panel, quantity: str, index: dict[int, int], x: str) -> list
     made = []
     for place, curve in enumerate(panel.curves):
         x_F, values_FS = getattr(curve, f"{x}s_F"), curves.at_rates(curve, quantity)
-        line = _line(x_F, curves.visible(statistics.band(values_FS), quantity))
+        line = _line(x_F, curves.line(values_FS, quantity))
         values_FS, lost_FS = curves.visible(values_FS, quantity), curves.lost(curve, quantity)
         x_FS = curves.spread(x_F, curve, place, len(panel.curves))
         points = [
