@@ -102,7 +102,10 @@ def _run() -> int:
 
 def _leave(*_: object) -> None:
     """Ends the process at Ctrl-C outside the training loop: many an import swallows a KeyboardInterrupt."""
-    print(INTERRUPTION, file=sys.stderr, flush=True)
+    if os.isatty(2):  # past the live view, which hides the cursor
+        os.write(2, f"\x1b[?25h\r\x1b[K{INTERRUPTION}\n".encode())
+    else:
+        print(INTERRUPTION, file=sys.stderr, flush=True)
     os._exit(INTERRUPTED)
 
 

@@ -242,6 +242,7 @@ def test_a_terminal_shows_a_bar_and_then_whole_scores(delora_run, tmp_path):
     os.close(ours)
     assert process.returncode == 0
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.decode())
+    assert all(what in shown for what in ("loading PyTorch", "reading data", "loading the encoder"))
     assert re.search(r"mrpc delora .*step +\d+/12 +loss \d\.\d{4} +best accuracy \d\.\d{4} +\d:\d\d:\d\d", shown)
     assert re.search(r"^test +accuracy \d\.\d{4}, f1 \d\.\d{4}\s*$", shown, re.MULTILINE)
 
