@@ -7,6 +7,7 @@ import re
 import signal
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 
 INTERRUPTION = "delora-run: interrupted; the same command goes on from the last checkpoint"
 FAILED, DIVERGED, INTERRUPTED = 1, 3, 130
+# Parts of the config's files that are no keys to be changed: names, how reports show a method, and Hydra's own.
+NOT_TO_CHANGE = ("_target_", "defaults", "hydra", "place", "rung", "styles", "title")
 LOWEST = -1.0  # of all headline scores: a sweeper that looks for the best stays away from trials that diverge
 
 HELP = """\
@@ -43,11 +46,15 @@ Groups (* is the default; the keys of an option are changed with a dot: method.r
 Keys
 {keys}
 
+Keys of the options; what stands first is of all options of a group that do not say otherwise
+{more_keys}
+
 Flags
   --again FOLDER    repeat the trial in FOLDER from its stored config, KEY=VALUE changed, as <its name>-again
   --cfg job         print the config and stop; with --resolve, values instead of references
   -m, --multirun    run all combinations of values with commas between them
   --version         the versions of delora and of what it stands on
+  -sc install=bash  what completes words in bash: eval "$(delora-run -sc install=bash)"
   --hydra-help      Hydra's other flags
 
 Exit status
@@ -98,7 +105,10 @@ def _run() -> int:
 
 def _leave(*_: object) -> None:
     """Ends the process at Ctrl-C outside the training loop: many an import swallows a KeyboardInterrupt."""
-    print(INTERRUPTION, file=sys.stderr, flush=True)
+    if os.isatty(2):  # past the live view, which hides the cursor
+        os.write(2, f"\x1b[?25h\r\x1b[K{INTERRUPTION}\n".encode())
+    else:
+        print(INTERRUPTION, file=sys.stderr, flush=True)
     os._exit(INTERRUPTED)
 
 
@@ -171,6 +181,10 @@ def _hand_over() -> None:
             config=flags.config_name or "config",
             more=Path(flags.config_dir) if flags.config_dir else None,
         )
+    if flags.shell_completion:
+        from delora.completion import complete_folders
+
+        complete_folders()
     try:
         hydra.main(version_base="1.3", config_path=str(conf_folder()), config_name="config")(job)()
     except SystemExit as end:
@@ -317,18 +331,51 @@ def _help() -> str:
     text = (conf_folder() / "config.yaml").read_text(encoding="utf-8")
     defaults = dict(re.findall(r"^  - (\w+): (\w+)$", text, re.MULTILINE))
     groups = [line for group, default in defaults.items() for line in _help_on_group(group, default)]
-    return HELP.format(groups="\n".join(groups), keys="\n".join(_columns(_keys(text))))
+    more = [line for group in ("method", "model", "data", "logger") for line in _help_on_keys(group)]
+    return HELP.format(groups="\n".join(groups), keys="\n".join(_columns(_keys(text))), more_keys="\n".join(more))
 
 
-def _keys(text: str) -> Iterator[tuple[str, str, str]]:
-    """Key, value and comment of each line that has all three."""
-    group = ""
+def _keys(text: str, prefix: str = "") -> Iterator[tuple[str, str, str]]:
+    """Key, value and comment (or none) of each line of a config that a user may change."""
+    sections: dict[str, str] = {}
+    section, said = "", ""
     for line in text.splitlines():
-        if found := re.fullmatch(r"(  )?(\w+): (\S+)  # (.+)", line):
+        if found := re.fullmatch(r"(  )?(\w+): ([^#]+?)(?:  # (.+))?", line):
             indent, key, value, comment = found.groups()
-            yield f"{group}.{key}" if indent else key, value, comment
-        elif found := re.fullmatch(r"(\w+):", line):
-            group = found[1]
+            if (section if indent else key) not in NOT_TO_CHANGE:
+                yield f"{prefix}{section}.{key}" if indent else f"{prefix}{key}", value, comment or ""
+        elif found := re.fullmatch(r"(\w+):(?:  # (.+))?", line):
+            section, said = found[1], found[2] or ""
+        elif (found := re.fullmatch(r"  - (.+)", line)) and section not in NOT_TO_CHANGE:
+            sections[section] = f"{sections[section]},{found[1]}" if section in sections else found[1]
+    for key, items in sections.items():
+        yield f"{prefix}{key}", f"[{items}]", said
+
+
+def _help_on_keys(group: str) -> Iterator[str]:
+    """The keys that most options of a group have with one value, then for each option its others."""
+    root = conf_folder() / group
+    options = {
+        path.relative_to(root).with_suffix("").as_posix(): {
+            key: (value, comment)
+            for key, value, comment in _keys(path.read_text(encoding="utf-8"), f"{group}.")
+            if key != f"{group}.name"  # follows from the option
+        }
+        for path in sorted(root.rglob("*.yaml"), key=lambda path: (path.parent, path))
+    }
+    whole = [keys for option, keys in options.items() if "/" not in option]  # what lies deeper changes another option
+    shared = {}
+    for key in dict.fromkeys(key for keys in whole for key in keys):
+        said, count = Counter(keys[key] for keys in whole if key in keys).most_common(1)[0]
+        if count > len(whole) / 2 > 1:
+            shared[key] = said
+    yield from _columns((key, *said) for key, said in shared.items())
+    for option, keys in options.items():
+        own = {key: said for key, said in keys.items() if said != shared.get(key)}
+        lacking = [key for key in shared if key not in keys] if "/" not in option else []
+        if own or lacking:
+            yield f"  {group}={option}" + (f", without {', '.join(lacking)}" if lacking else "")
+            yield from (f"  {line}" for line in _columns((key, *said) for key, said in own.items()))
 
 
 def _help_on_group(group: str, default: str) -> Iterator[str]:
@@ -342,7 +389,7 @@ def _help_on_group(group: str, default: str) -> Iterator[str]:
 
 def _columns(keys: Iterable[tuple[str, str, str]]) -> Iterator[str]:
     for key, value, comment in keys:
-        yield f"  {f'{key}={value}':<37}{comment}"
+        yield f"  {f'{key}={value}':<35}  {comment}".rstrip()
 
 
 if __name__ == "__main__":

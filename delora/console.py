@@ -18,7 +18,7 @@ from rich.table import Table
 
 from delora.config import Trial
 from delora.storage import Result, Scores, StoredTrial, flatten
-from delora.terminal import printable
+from delora.terminal import counted, printable
 from delora.winner import choose
 
 if TYPE_CHECKING:
@@ -65,7 +65,7 @@ class Console:
         if self.rich.is_terminal:
             self.live.start()
         if self.already:
-            many = f"{self.already} of {self.total} trials are done already"
+            many = f"{self.already} of {self.total} trials {'is' if self.already == 1 else 'are'} done already"
             self.say(many if self.total > 1 else "done already, not trained again")
         return self
 
@@ -74,6 +74,10 @@ class Console:
             self.live.stop()
 
     # --- What happens
+
+    def doing(self, what: str) -> None:
+        """What takes its time before a fleet's training starts: shown in the place of the bar's title."""
+        self.bar.reset(self.task, total=None, description=what, state="")
 
     def begin(self, trials: Sequence[Trial], headline: str, steps: int) -> None:
         """A fleet starts training."""
@@ -134,7 +138,7 @@ class Console:
         if self.total == 1:
             return f"{self.fleet[0].task.name} {self.fleet[0].method.name}"
         methods = "+".join(sorted({f"{t.task.name} {t.method.name}" for t in self.fleet}))
-        return f"{methods}, {len(self.fleet)} trials"
+        return f"{methods}, {counted(len(self.fleet), 'trial')}"
 
     def _counts(self) -> str:
         counted = Counter(self.status.values())
@@ -167,9 +171,17 @@ class Console:
     def _view(self) -> RenderableType:
         if self.total == 1:
             return self.bar
-        title = f"best {self.headlines} on validation so far, by factor on the base rate"
         marks = {folder: status for folder, status in self.status.items() if status in ("diverged", "failed")}
-        return Group(title, self.rows.table(self.best, marks), f"{self._counts()}{self._left()}", self.bar)
+        room = max(1, self.rich.height - 6)  # beside the title, the factors, the rest, what ran and the bar
+        title = f"best {self.headlines} on validation so far, by factor on the base rate"
+        table = self.rows.table(self.best, marks, room=room, now=self.fleet)
+        wide = self.rich.options.update(max_width=10_000)
+        if self.rich.measure(table, options=wide).maximum > self.rich.width:
+            title = f"best {self.headlines} in %, by factor on the base rate; ×: diverged or failed"
+            table = self.rows.table(self.best, marks, room=room, now=self.fleet, short=True)
+        hidden = len(set(self.rows.labels)) - table.row_count
+        rest = [f"and {counted(hidden, 'more row')}"] if hidden else []
+        return Group(title, table, *rest, f"{self._counts()}{self._left()}", self.bar)
 
 
 class Rows:
@@ -194,16 +206,52 @@ class Rows:
             for name, flat in zip(names, flats, strict=True)
         ]
 
-    def table(self, scores: Mapping[Path, float], marks: Mapping[Path, str] | None = None) -> Table:
-        """Mean, and standard deviation over seeds where there are several, of the scores by folder."""
+    def table(
+        self,
+        scores: Mapping[Path, float],
+        marks: Mapping[Path, str] | None = None,
+        *,
+        room: int | None = None,
+        now: Sequence[Trial] = (),
+        short: bool = False,
+    ) -> Table:
+        """Mean, and standard deviation over seeds where there are several, of the scores by folder.
+
+        Args:
+            marks: of trials that have no score, what became of them.
+            room: the most rows; with those of the trials that run `now`.
+            short: means in percent alone, a × for each mark.
+        """
         factors = sorted({round(trial.factor, 6) for trial in self.trials})
-        table = Table("", *(f"×{factor:g}" for factor in factors), box=None, pad_edge=False)
+        table = Table("", box=None, pad_edge=False)
+        for factor in factors:
+            table.add_column(f"×{factor:g}", no_wrap=True)  # where room lacks it is the names that are folded
         cells: dict[tuple[str, float], list[Trial]] = {}
         for label, trial in zip(self.labels, self.trials, strict=True):
             cells.setdefault((label, round(trial.factor, 6)), []).append(trial)
-        for label in dict.fromkeys(self.labels):
-            table.add_row(label, *(self._cell(cells.get((label, f), ()), scores, marks or {}) for f in factors))
+        cell = self._short_cell if short else self._cell
+        for label in self._shown(room, now):
+            table.add_row(label, *(cell(cells.get((label, f), ()), scores, marks or {}) for f in factors))
         return table
+
+    def _shown(self, room: int | None, now: Sequence[Trial]) -> list[str]:
+        """The labels for which there is room, from the first one that runs."""
+        labels, running = list(dict.fromkeys(self.labels)), {trial.folder for trial in now}
+        if room is None or len(labels) <= room:
+            return labels
+        places = [
+            labels.index(label)
+            for label, trial in zip(self.labels, self.trials, strict=True)
+            if trial.folder in running
+        ]
+        first = min([len(labels) - room, *places])
+        return labels[first : first + room]
+
+    def _short_cell(self, trials: Iterable[Trial], scores: Mapping[Path, float], marks: Mapping[Path, str]) -> str:
+        trials = list(trials)
+        values = [scores[trial.folder] for trial in trials if trial.folder in scores]
+        text = f"{100 * statistics.fmean(values):.1f}" if values else "-"
+        return text + "×" * sum(trial.folder in marks for trial in trials)
 
     def _cell(self, trials: Iterable[Trial], scores: Mapping[Path, float], marks: Mapping[Path, str]) -> str:
         values = [scores[trial.folder] for trial in trials if trial.folder in scores]

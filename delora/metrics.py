@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from delora.config import did_you_mean
-from delora.data import Dataset
 from delora.errors import UserError
 from delora.tasks import TASKS, Task
 
@@ -57,16 +56,17 @@ def score(
     return found
 
 
-def guessing(dataset: Dataset) -> float:
-    """The headline score of always guessing the same on the validation rows: the best that needs no training.
+def guessing(task: Task, labels: np.ndarray) -> float:
+    """The headline score of always guessing the same, a fraction: the best that needs no training.
 
     Correlations, which are undefined there, count as 0.
+
+    Args:
+        labels: (rows,) class ids, or scores.
     """
-    task, labels = dataset.task, dataset.splits["validation"].labels
     values, counts = np.unique(labels, return_counts=True) if task.labels else (np.array([labels.mean()]), np.ones(1))
-    likely = values[np.argsort(-counts, kind="stable")[:10]]
     found = []
-    for value in likely:
+    for value in values[np.argsort(-counts, kind="stable")[:10]]:
         logits = np.eye(task.num_labels)[np.full(len(labels), value)] if task.labels else None
         found.append(score(task, np.full_like(labels, value), labels, logits)[task.headline])
     return max([value for value in found if math.isfinite(value)], default=0.0)

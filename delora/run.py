@@ -73,7 +73,9 @@ def run_fleet(
     task, device = config.task.facts, choose_device(config.device)
     if device.type == "cpu":
         keep_memory()
+    console.doing("reading data")
     dataset, tensors = prepare(config)
+    console.doing("loading the encoder")
     encoder = pretrained.load(config.model, task)
     fleet = Fleet(encoder.model, trials, device, encoder.lacking)
     start = begin(fleet, encoder) if config.method.start else None
@@ -92,7 +94,7 @@ def run_fleet(
             "source": dataset.source,
             "sha256": dataset.sha256,
             "published": dataset.published,
-            "guessing": guessing(dataset),
+            "guessing": guessing(task, dataset.splits["validation"].labels),
         },
         weights={"source": encoder.source, "sha256": encoder.sha256, "revision": encoder.revision},
         start=start,
@@ -228,8 +230,14 @@ def _prepare(task: Task, data, model, max_length: int, batch_size: int, device: 
         raise UserError(f"batch_size={batch_size}: there are only {len(tokens['train'])} training rows")
     cut, rows = sum(t.cut for t in tokens.values()), sum(map(len, tokens.values()))
     if cut:
-        logger.warning("%d of %d examples are longer than max_length=%d tokens and were cut", cut, rows, max_length)
+        _warn_once(f"{task.name}: {cut} of {rows} examples are longer than max_length={max_length} tokens and were cut")
     return dataset, tokens, known
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    """Warns of what each fleet of a sweep would tell again."""
+    logger.warning("%s", text)
 
 
 def for_trials(task: Task, tokens: Mapping[str, Tokens], trials: Sequence[Trial]) -> Data:

@@ -32,6 +32,7 @@ from delora.config import NOT_THE_TRIAL, Trial
 from delora.console import Console, duration
 from delora.errors import UserError
 from delora.storage import ConfigChanged, InUse, Result, ResultsError, TrialFolder
+from delora.terminal import counted
 from delora.tracking import Tracking
 
 FLEETS, TRIALS, STATE, SUMMARY = ".fleets", "trials.json", "state.safetensors", "summary"
@@ -172,7 +173,8 @@ def print_plan(trials: Sequence[Trial]) -> None:
     Rich(width=200).print(table)
     others = len(missing) - len(trained)
     print(
-        f"{len(sweep.trials)} trials: {len(sweep.found)} done, {len(trained)} to run in {len(groups)} fleets, "
+        f"{counted(len(sweep.trials), 'trial')}: {len(sweep.found)} done, {len(trained)} to run in "
+        f"{counted(len(groups), 'fleet')}, "
         f"{f'{others} the same training under another name, ' if others else ''}"
         f"roughly {duration(total)}{'' if known else ' and what is unknown'}. Nothing was trained."
     )
@@ -243,10 +245,7 @@ class Sweep:
 
     def _run(self) -> list[Result | None]:
         missing = self.missing()
-        if missing:
-            _get_ready(missing)
         config = next(iter(self.trials.values()))
-        self._tidy()
         owed = [mark for mark in self._summary_marks() if missing or mark.exists()]
         tracking = Tracking(config.logger.mode if missing or owed else "disabled", config.logger.project)
         with (
@@ -255,10 +254,15 @@ class Sweep:
             Console(list(self.trials.values()), self.found) as self.console,
         ):
             self.tracking = tracking
+            if missing:
+                self.console.doing("loading PyTorch")
+                _get_ready(missing)
+            self._tidy()
             if tracking.enabled:
                 for mark in owed:
                     storage.replace(mark, b"", config.root)
             while missing:
+                self.console.doing("reading data")
                 groups = plan(self.to_train(missing), self.trials)
                 try:
                     for group in groups:

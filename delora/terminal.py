@@ -45,6 +45,11 @@ class _Stream(io.TextIOWrapper):
         os.dup2(os.open(os.devnull, os.O_WRONLY), self.fileno())
 
 
+def counted(number: int, what: str) -> str:
+    """The number with a noun: 1 trial, 2 trials."""
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
 def printable(text: str) -> str:
     """The text with everything that could act on a terminal, or that no encoding holds, as an escape: \\x1b, \\ud800.
 

@@ -149,7 +149,7 @@ def _rows(panel: Panel, methods: Sequence[str]) -> Iterable[list[Cell]]:
             edge = ", at an end of the grid" if curve.best_is_on_edge else ""
             source = "published" if name in PUBLISHED else f"rate chosen here{edge}"
             texts = [f"{trial.rate:g}", str(trial.config["epochs"]), str(trial.config["batch_size"]), source]
-            yield [Cell(curve.label), Cell(tables.task_name(panel.task)), *map(Cell, texts)]
+            yield [Cell(curve.label), Cell(panel.facts.folder), *map(Cell, texts)]
 
 
 if __name__ == "__main__":

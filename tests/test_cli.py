@@ -102,7 +102,45 @@ def test_help_names_every_option_and_key(delora_run, tmp_path):
     config = yaml.safe_load((conf_folder() / "config.yaml").read_text())
     for key in storage.flatten({name: config[name] for name in config.keys() - {"defaults", "hydra"}}):
         assert f"  {key}=" in text
+    keys = text.partition("Keys of the options")[2]
+    for path in conf_folder().glob("*/*.yaml"):
+        group, option = path.parent.name, path.stem
+        if group not in ("method", "model", "data", "logger"):
+            continue
+        _, begun, own = keys.partition(f"\n  {group}={option}")
+        for key, value in storage.flatten(yaml.safe_load(path.read_text(encoding="utf-8"))).items():
+            if key.partition(".")[0] not in ("_target_", "name", "title", "place", "styles", "defaults"):
+                pattern = rf"^ +{group}\.{re.escape(key)}=(.*?)(?:  .*)?$"
+                of_option = re.search(pattern, own.partition(f"\n  {group}=")[0] if begun else "", re.MULTILINE)
+                found = of_option or re.search(pattern.replace(" +", "  ", 1), keys, re.MULTILINE)
+                assert yaml.safe_load(found[1]) == value, (path, key)
+    comment = "learning rate of λ; the paper takes 3e-3 for MNLI, SST-2, QNLI and QQP"
+    assert re.search(rf"^    method.lambda_lr=1.0e-2 +{re.escape(comment)}$", text, re.MULTILINE)
     assert "Exit status" in text
+
+
+COMPLETION = """
+eval "$(delora-run -sc install=bash)"
+COMP_LINE="$1" COMP_POINT=${#1} COMP_WORDS=($1) COMP_CWORD=$((${#COMP_WORDS[@]} - 1))
+hydra_bash_completion
+printf '%s\\n' "${COMPREPLY[@]}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("line", "expected"),
+    [
+        ("delora-run +experiment=study/m", ["+experiment=study/mrpc"]),
+        ("delora-run -m experiment=tuned/r", ["experiment=tuned/rates", "experiment=tuned/rte"]),
+        ("delora-run +experiment=cu", ["+experiment=curves"]),
+        ("delora-run task=mrpc method=lora method.al", ["method.alpha="]),
+    ],
+)
+def test_bash_completes_options_and_keys(delora_run, tmp_path, line, expected):
+    path = f"{delora_run.parent}:{os.environ['PATH']}"
+    words = ["bash", "--norc", "-c", COMPLETION, "bash", line]
+    answer = subprocess.run(words, cwd=tmp_path, env=environment(PATH=path), capture_output=True, text=True, check=True)
+    assert answer.stdout.split() == expected, answer.stderr
 
 
 def test_all_faults_of_a_command_come_together(delora_run, tmp_path):
@@ -204,6 +242,7 @@ def test_a_terminal_shows_a_bar_and_then_whole_scores(delora_run, tmp_path):
     os.close(ours)
     assert process.returncode == 0
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", written.decode())
+    assert all(what in shown for what in ("loading PyTorch", "reading data", "loading the encoder"))
     assert re.search(r"mrpc delora .*step +\d+/12 +loss \d\.\d{4} +best accuracy \d\.\d{4} +\d:\d\d:\d\d", shown)
     assert re.search(r"^test +accuracy \d\.\d{4}, f1 \d\.\d{4}\s*$", shown, re.MULTILINE)
 

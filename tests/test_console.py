@@ -1,16 +1,19 @@
 """The live view of a sweep."""
 
+import re
 import time
 
 import rich.console
-from conftest import SMALL, compose_trial
+from conftest import FEW, SMALL, command, compose_trial, compose_trials
 
 from delora.console import Console, Rows
 from delora.train import Score
 
 
-def rendered(console: Console) -> str:
-    terminal = rich.console.Console(width=120, force_terminal=True, color_system=None)
+def rendered(console: Console, width: int = 120, height: int = 40) -> str:
+    terminal = console.rich = rich.console.Console(
+        stderr=True, width=width, height=height, force_terminal=True, color_system=None, legacy_windows=False
+    )
     with terminal.capture() as capture:
         terminal.print(console.live.get_renderable())
     return capture.get()
@@ -47,3 +50,43 @@ def test_rows_name_the_encoder_where_there_are_several():
     expected = ["minilm", "tiny model.shape.layers=2", "tiny model.shape.layers=1"]
     assert Rows(trials).labels == [f"mrpc delora {name}" for name in expected for _ in range(2)]
     assert set(Rows(trials[2:4]).labels) == {"mrpc delora"}
+
+
+def test_eight_factors_fit_eighty_columns():
+    factors = (0.25, 0.5, 1, 2, 4, 8, 16, 32)
+    values = [{"lr_factor": factor, "seed": seed} for factor in factors for seed in (1, 2)]
+    trials = [t for method in ("delora", "etherplus") for t in compose_trials([*SMALL, f"method={method}"], values)]
+    console = Console(trials, {})
+    console.begin(trials, "accuracy", 100)
+    for place in range(len(trials)):
+        console.evaluation(place, {"epoch": 1, "step": 50}, Score(1, 50, {"accuracy": 0.5 + place / 100}))
+    console.diverged(1, 20)
+    lines = rendered(console, width=80).splitlines()
+    assert lines[0].split(",")[0] == "best accuracy in %" and max(map(len, lines)) <= 80
+    assert lines[1].split() == ["×0.25", "×0.5", "×1", "×2", "×4", "×8", "×16", "×32"]
+    assert lines[2].split() == ["mrpc", "delora", "50.5×", "52.5", "54.5", "56.5", "58.5", "60.5", "62.5", "64.5"]
+    assert "0.5250 ± 0.0071 (2)" in rendered(console, width=220)
+
+
+def test_more_rows_than_a_terminal_has_leave_room_for_the_bar():
+    trials = compose_trials(SMALL, [{"epochs": epochs} for epochs in range(1, 41)])
+    console = Console(trials, {})
+    console.begin(trials[20:21], "accuracy", 100)
+    lines = rendered(console, height=20).splitlines()
+    assert len(lines) <= 20 and "and 26 more rows" in lines
+    assert "mrpc delora epochs=21" in lines[2] and "mrpc delora, 1 trial " in lines[-1]
+
+
+def test_what_takes_time_before_training_is_said():
+    console = Console([compose_trial(*SMALL)], {})
+    assert "starting" in rendered(console)
+    console.doing("reading data")
+    assert "reading data" in rendered(console)
+
+
+def test_cut_texts_are_told_once_a_sweep(tmp_path):
+    """Two fleets of each task, whose data are read for the plan and again for each."""
+    answer = command("-m", *SMALL, *FEW, "epochs=1", "task=mrpc,rte", "method=lora,delora", "name=s", cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    for task in ("mrpc", "rte"):
+        assert len(re.findall(rf"^{task}: \d+ of 32 examples are longer than max_length=64", answer.stderr, re.M)) == 1

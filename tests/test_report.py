@@ -17,13 +17,15 @@ import fake_trials
 import matplotlib
 import numpy as np
 import pytest
-from matplotlib.collections import PathCollection
+from matplotlib.collections import PathCollection, PolyCollection
+from matplotlib.colors import to_rgb
 
 from delora import storage
 from delora.errors import UserError
 from delora.report import curves, statistics, tables, trials
 from delora.report.cli import main
 from delora.report.statistics import Panel
+from delora.tasks import TASKS
 
 
 @pytest.fixture(scope="module")
@@ -73,6 +75,25 @@ def test_a_trial_without_a_score_counts_as_guessing(tmp_path):
     assert mrpc.curves[0].scoreless_FS.tolist() == cola.curves[0].scoreless_FS.tolist() == [[False, True]]
 
 
+def test_a_task_of_ones_own_is_reported(tmp_path, capsys):
+    """It is in no table of tasks; a metric without a longer name stands as it is."""
+    own = {"name": "reviews", "labels": ["bad", "fair", "good"], "metric": ["macro_f1"]}
+    for seed, score in enumerate((0.5, 0.7, None)):
+        folder = fake_trials.write(tmp_path / str(seed), score, seed=seed, status="done" if score else "diverged")
+        path = folder / "result.json"
+        path.write_text(path.read_text().replace('"accuracy"', '"macro_f1"'))
+        path = folder / "metrics.jsonl"
+        path.write_text(path.read_text().replace('"accuracy"', '"macro_f1"'))
+        fake_trials.change(folder, config__task=own, made_by__data__guessing=0.2)
+    assert main([str(tmp_path)]) == 0
+    (row,) = rows(tmp_path / "report" / "scores-minilm-paper-glue.csv")
+    assert float(row["reviews"]) == pytest.approx(100 * (0.5 + 0.7 + 0.2) / 3)
+    assert "Metric, in percent: macro_f1;" in capsys.readouterr().out
+    unknown = fake_trials.write(tmp_path / "unknown", 0.5)
+    fake_trials.change(unknown, config__task={"name": "reviews"})
+    assert (unknown, "task 'reviews' scored by 'accuracy' is not known") in trials.read([tmp_path]).left_out
+
+
 def test_a_trial_that_diverged_at_once_counts(tmp_path):
     fake_trials.write(tmp_path / "a", 0.9, seed=1)
     fake_trials.write(tmp_path / "b", None, seed=2, status="diverged", evaluations=0)
@@ -100,7 +121,10 @@ def test_training_the_head_alone_is_a_reference(tmp_path):
     assert len(panel.trials) == 4
     assert [shown.label for shown in panel.curves] == ["LoRA"]
     assert not [row for table in tables.all_tables(made) for row in table.rows if "head" in row[0].text + row[1].text]
-    assert any("head only (epochs 10), 0.0012 (factor 2), is the edge" in note for note in tables.notes(found, made))
+    assert any(
+        "the edge of its grid, try higher rates: head only (epochs 10) at 0.0012 (factor 2)" in note
+        for note in tables.notes(found, made)
+    )
 
 
 def test_score_is_the_protocols(tmp_path):
@@ -174,7 +198,7 @@ def test_what_is_damaged_or_foreign_is_named_and_left_out(tmp_path, capsys):
         "other-config": "config has epochs=ten",
         "no-rate": "inf is not a learning rate",
         "no-metrics": "No such file",
-        "repeated": "the same trial as",
+        "repeated": "the same trial is in",
     }.items():
         assert any(f"/{name}" in line and reason in line for line in left_out), (name, left_out)
     assert len(left_out) == 8
@@ -244,7 +268,7 @@ def test_encoders_of_one_name_are_told_apart_by_their_weights(tmp_path):
         fake_trials.change(folder, made_by__weights={"source": source, "sha256": sha256})
     found = trials.read([tmp_path / "by-source"])
     assert {(t.model, t.score) for t in found.trials} == {("minilm (mine)", 0.7), ("minilm (other)", 0.8)}
-    assert [reason for _, reason in found.left_out] == [f"the same trial as {tmp_path / 'by-source' / '0'}"]
+    assert [reason for _, reason in found.left_out] == [f"the same trial is in {tmp_path / 'by-source'}"]
     made = statistics.panels(found.trials)
     assert [panel.curves[0].score_FS.tolist() for panel in made] == [[[0.7]], [[0.8]]]
     names = {table.name: table.title for table in tables.all_tables(made) if table.name.startswith("scores")}
@@ -275,7 +299,7 @@ def test_other_data_of_one_name_is_told_apart(tmp_path):
     found = trials.read([tmp_path])
     assert [(t.task, t.data) for t in found.trials] == [
         ("mrpc", "glue (11111111)"), ("mrpc", "glue (22222222)"), ("rte", "glue")]  # fmt: skip
-    captions = [table.caption for table in tables.all_tables(statistics.panels(found.trials))]
+    captions = [table.notes for table in tables.all_tables(statistics.panels(found.trials))]
     assert any("data GLUE (22222222)." in caption for caption in captions)
 
 
@@ -305,11 +329,13 @@ def test_published_rows_are_the_papers(shared):
 
 
 @pytest.mark.parametrize(("task", "column"), [("mrpc", "Quality"), ("rte", "label"), ("sst2", "label")])
-def test_guessing_is_the_most_frequent_class(shared, task, column):
-    path = shared / "glue" / tables.task_name(task) / "dev.tsv"
+def test_guessing_is_the_most_frequent_class(shared, tmp_path, task, column):
+    path = shared / "glue" / TASKS[task].folder / "dev.tsv"
     with path.open(encoding="utf-8-sig", newline="") as file:
         labels = [row[column] for row in csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)]
-    assert statistics.guessing(task) == max(map(labels.count, set(labels))) / len(labels)
+    share = max(map(labels.count, set(labels))) / len(labels)
+    fake_trials.write(tmp_path / "a", 0.8, task=task)
+    assert statistics.guessing(trials.read([tmp_path]).trials) == share
 
 
 def test_only_the_same_encoder_stands_beside_published_rows(tmp_path):
@@ -326,11 +352,11 @@ def test_only_the_same_encoder_stands_beside_published_rows(tmp_path):
     assert by_method["LoRA − published"][3].values[""] == pytest.approx(90.0 - 88.7)
     assert by_method["DeLoRA − published"][3].text.startswith("+1.0 [")
     assert by_method["DeLoRA (published)"][3].text == "89.0 ± 0.96"
-    assert "Known to differ here: the seeds, the epochs." in beside.caption
+    assert "Known to differ here: the seeds, the epochs." in beside.notes
     for name in ("scores-minilm-paper-glue", "scores-roberta-base-paper-synthetic"):
         assert [row[0].text for row in made[name].rows] == ["LoRA", "DeLoRA"]
-    assert "not comparable" in made["published"].caption and "minilm" in made["published"].caption
-    assert "synthetic, not GLUE's" in made["scores-roberta-base-paper-synthetic"].caption
+    assert "not comparable" in made["published"].notes and "minilm" in made["published"].notes
+    assert "synthetic, not GLUE's" in made["scores-roberta-base-paper-synthetic"].notes
 
 
 @pytest.mark.parametrize(
@@ -356,7 +382,7 @@ def test_a_rate_chosen_by_another_rule_is_said_beside_published_rows(tmp_path):
         fake_trials.write(tmp_path / str(factor), 0.9, model=roberta, factor=factor)
     for select, differs in (("pooled", True), ("first-seed", False)):
         made = statistics.panels(trials.read([tmp_path]).trials, select=select)
-        assert ("how the rate is chosen" in tables.all_tables(made)[0].caption) is differs
+        assert ("how the rate is chosen" in tables.all_tables(made)[0].notes) is differs
 
 
 def test_other_options_are_not_the_published_method(tmp_path):
@@ -368,6 +394,35 @@ def test_other_options_are_not_the_published_method(tmp_path):
         result["config"]["method"] = method
         path.write_text(json.dumps(result))
     assert not [row for row in tables.all_tables(panels(tmp_path))[0].rows if "−" in row[0].text]
+
+
+def test_the_best_cell_is_bold_and_one_task_has_no_average(tmp_path, capsys):
+    for method, score in (("lora", 0.8), ("dora", 0.9), ("delora", 0.9001), ("etherplus", 0.7)):
+        fake_trials.write(tmp_path / method, score, method=method)
+    table = tables.all_tables(panels(tmp_path))[0]
+    assert table.columns == ["method", "parameters", "n", "MRPC"]
+    assert [row[3].text for row in table.rows if row[3].best] == ["90.0", "90.0"]  # as they are printed
+    for form, bold in (("markdown", "| **90.0** |"), ("latex", r"& \textbf{90.0} \\"), ("csv", ",90,")):
+        assert main([str(tmp_path), "--only", "table", "--format", form]) == 0
+        assert bold in capsys.readouterr().out
+    assert main([str(tmp_path), "--only", "page"]) == 0
+    assert "<b>90.0</b></td>" in (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    fake_trials.write(tmp_path / "rte", 0.7, task="rte")
+    assert tables.all_tables(panels(tmp_path))[0].columns[-2:] == ["RTE", "average"]
+
+
+def test_published_numbers_that_do_not_compare_stand_behind_a_link(tmp_path, capsys):
+    fake_trials.write(tmp_path / "a", 0.8)
+    assert main([str(tmp_path)]) == 0 and main([str(tmp_path), "--only", "table"]) == 0
+    assert "62.4" not in capsys.readouterr().out
+    report = tmp_path / "report"
+    text = (report / "tables.md").read_text(encoding="utf-8")
+    assert "87.9 ± 0.91" not in text + (report / "tables.tex").read_text(encoding="utf-8")
+    (link,) = re.findall(r"\[Published, roberta-base: another encoder or other data\]\((.*)\)", text)
+    assert rows(report / link)[0]["MRPC"] == "87.9"
+    page = (report / "index.html").read_text(encoding="utf-8")
+    assert "87.9 ± 0.91" in re.search("<details>.*</details>", page, re.DOTALL)[0]
+    assert page.count("87.9 ± 0.91") == 1
 
 
 def test_missing_cells_stay_visible(tmp_path):
@@ -382,7 +437,7 @@ def test_missing_cells_stay_visible(tmp_path):
 
 
 def test_caption_states_the_protocol(sweep):
-    caption = tables.all_tables(panels(sweep))[0].caption
+    caption = tables.all_tables(panels(sweep))[0].notes
     for fact in (
         "minilm",
         "test half",
@@ -401,14 +456,14 @@ def test_best_rate_on_the_edge_is_flagged(tmp_path, capsys):
         fake_trials.write(tmp_path / str(factor), score, factor=factor)
     assert main([str(tmp_path), "--only", "table"]) == 0
     output = capsys.readouterr()
-    assert "the best rate of LoRA, 0.0024 (factor 4), is the edge of its grid: try higher rates" in output.err
+    assert "the best rate is the edge of its grid, try higher rates: LoRA at 0.0024 (factor 4)\n" in output.err
     assert "4 (edge of the grid)" in output.out
 
 
 def test_forms_hold_the_same_numbers(sweep, capsys):
     for form, pattern in {
-        "markdown": r"\| DeLoRA +\|.*?\| +([\d.]+) ± ([\d.]+) \|",
-        "latex": r"DeLoRA & [^&]+ & 3 & ([\d.]+) \$\\pm\$ ([\d.]+) &",
+        "markdown": r"\| DeLoRA +\|.*?\| +(?:\*\*)?([\d.]+) ± ([\d.]+)(?:\*\*)? \|",
+        "latex": r"DeLoRA & [^&]+ & 3 & (?:\\textbf{)?([\d.]+) \$\\pm\$ ([\d.]+)}? \\",
         "csv": r"\nDeLoRA,73728,3,([\d.]+),([\d.]+),",
     }.items():
         assert main([str(sweep), "--only", "table", "--format", form]) == 0
@@ -423,9 +478,14 @@ def test_forms_hold_the_same_numbers(sweep, capsys):
 
 def test_latex_is_escaped(sweep):
     text = (sweep / "report" / "tables.tex").read_text(encoding="utf-8")
+    needs = "% needs \\usepackage{booktabs} and \\usepackage{graphicx}\n"
+    assert text.count(needs) == text.count(r"\begin{table}")
+    text = text.replace(needs, "")
     assert not re.search(r"(?<!\\)[&%#_](?![^\n]*\\\\)", text.replace("{%\n", "").replace("tab:", ""))
     assert text.count(r"\begin{tabular}") == text.count(r"\bottomrule") == text.count(r"\end{table}") > 3
-    text.replace("‖", "").replace("′", "").encode("ascii")  # all else is LaTeX's own
+    text.encode("ascii")  # the rest is LaTeX's own
+    captions = re.findall(r"\\caption{(.*)}", text)
+    assert captions[0] == "Scores: minilm, paper protocol." and all(c.count(".") == 1 for c in captions)
 
 
 def test_a_long_table_is_cut_into_pages_of_latex():
@@ -444,7 +504,7 @@ def test_a_long_table_is_cut_into_pages_of_latex():
 
 def test_curves_show_every_trial_and_the_means(sweep):
     made = panels(sweep)
-    axis = curves._by_rate(made, "factor", "score").axes[0]
+    axis = curves._by_rate(made, "factor", ("score", "drop")).axes[0]
     lines = {line.get_color(): line for line in axis.get_lines()}
     points = [collection for collection in axis.collections if isinstance(collection, PathCollection)]
     assert sum(len(collection.get_offsets()) for collection in points) == 60
@@ -469,7 +529,7 @@ def test_the_legend_fits_the_picture(sweep, variant):
     for shown in made[0].curves:
         shown.label += variant
     with matplotlib.rc_context(curves.RC):
-        figure = curves._by_rate(made, "factor", "score")
+        figure = curves._by_rate(made, "factor", ("score", "drop"))
         figure.draw_without_rendering()
         [legend] = figure.legends
         box = legend.get_window_extent()
@@ -521,6 +581,100 @@ def test_factors_on_the_axis():
     assert curves.labelled([0.25, 1, 4]) == [0.25, 1, 4]
     assert curves.labelled([2.0**i for i in range(-5, 7)]) == [2.0**i for i in range(-4, 7, 2)]  # with 1
     assert list(map(curves.factor_text, (1 / 16, 0.25, 0.3, 1, 32))) == ["1/16", "1/4", "0.3", "1", "32"]
+
+
+def test_the_drop_from_the_best_stands_below_on_a_log_axis(tmp_path):
+    """Failures do not set its axis: methods that a score's axis shows as one line are apart."""
+    for method, dropped in (("lora", 0.81), ("delora", 0.895), ("etherplus", 0.899)):
+        for factor, score in ((1, 0.9), (4, dropped), (16, 0.02)):
+            name = f"{method}-{factor}"
+            fake_trials.write(tmp_path / name, score, task="stsb", method=method, factor=factor)
+    figure = curves._by_rate(panels(tmp_path), "factor", ("score", "drop"))
+    score, drop = figure.axes
+    assert score.get_yscale() == "linear" and drop.get_yscale() == "log"
+    drawn = [line.get_ydata() for line in drop.get_lines() if len(line.get_xdata()) == 3]
+    assert drawn == [pytest.approx([least, middle, 88]) for least, middle in ((0.1, 9), (0.1, 0.5), (0.1, 0.1))]
+    figure.draw_without_rendering()
+    assert "≤ 0.1" in [tick.get_text() for tick in drop.get_yticklabels()]
+
+
+def test_two_seeds_are_drawn_without_a_band_and_n_is_said(tmp_path):
+    for n, said, bands in (
+        (2, "mean over 2 seeds, too few for an interval", 0),
+        (3, "mean over 3 seeds, with its 95 %", 1),
+    ):
+        fake_trials.sweep(tmp_path / str(n), methods=("lora",), factors=(1, 4), seeds=range(n))
+        figure = curves._by_rate(panels(tmp_path / str(n)), "factor", ("score",))
+        text = " ".join(" ".join(text.get_text() for text in figure.texts).split())
+        filled = [c for c in figure.axes[0].collections if isinstance(c, PolyCollection)]
+        assert said in text and sum(path.vertices.size > 0 for c in filled for path in c.get_paths()) == bands
+
+
+def test_titles_name_encoder_and_synthetic_data(tmp_path):
+    data = {"name": "synthetic", "seed": 0}
+    for task in ("mrpc", "rte"):
+        fake_trials.write(tmp_path / task, 0.8, task=task, data=data)
+    made = panels(tmp_path)
+    assert curves.panel_titles(made) == ["MRPC, minilm, synthetic data", "RTE, minilm, synthetic data"]
+    assert main([str(tmp_path), "--only", "page"]) == 0
+    page = (tmp_path / "report" / "index.html").read_text(encoding="utf-8")
+    assert "<h1>MRPC, RTE: minilm, synthetic data</h1>" in page
+    shutil.rmtree(tmp_path / "rte")
+    fake_trials.write(tmp_path / "glue", 0.8, task="rte")
+    assert curves.panel_titles(panels(tmp_path)) == ["MRPC, minilm, synthetic data", "RTE, minilm, glue data"]
+
+
+@pytest.fixture(scope="module")
+def search(tmp_path_factory) -> Path:
+    """A search: thirty configs that differ in many settings."""
+    root = tmp_path_factory.mktemp("outputs") / "search"
+    for i in range(30):
+        own = {"epochs": 5 + i % 3, "batch_size": 8 + i, "warmup_ratio": i / 100, "max_length": 100 + i}
+        for factor in (1, 2):
+            fake_trials.write(root / f"{i}-{factor}", 0.7 + i / 200, factor=factor, **own)
+        fake_trials.write(root / f"failed-{i}", None, status="failed")
+        fake_trials.write(root / f"again-{i}", 0.7, factor=1, **own)
+    return root
+
+
+def test_notes_on_a_search_are_short(search):
+    found = trials.read([search])
+    made = tables.notes(found, statistics.panels(found.trials))
+    assert len("\n".join(made)) < 4000 and max(map(len, made)) < 700, made
+    assert any(note.startswith("left out: ") and note.endswith(" and 26 more: failed") for note in made)
+    assert any(re.search(r"and 26 more: the same trial is in .*/search$", note) for note in made)
+    assert any("methods differ in epochs: 7 (10 methods), 5 (10 methods), 6 (10 methods)" in note for note in made)
+    assert any(note.endswith("methods differ in batch_size: 30 values") for note in made)
+
+
+def test_a_picture_of_a_search_draws_the_best_beside_its_legend(search):
+    with matplotlib.rc_context(curves.RC):
+        name, figure = next(curves._pictures(panels(search), None, None))
+        figure.draw_without_rendering()
+        (legend,) = figure.legends
+        box = legend.get_window_extent()
+        heights = [axis.get_window_extent().height for axis in figure.axes]
+    names = {text.get_text() for text in legend.get_texts()}
+    assert name == "score_by_factor" and len(names) == curves.DRAWN + 1
+    assert {f"batch size {8 + i}" for i in range(10, 30)} == {
+        re.search(r"batch size \d+", n)[0] for n in names - {"guessing"}
+    }
+    assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and min(heights) > 0.2 * figure.bbox.height * 0.5
+    assert all(axis.get_window_extent().y1 <= box.y0 for axis in figure.axes)
+    text = " ".join(" ".join(text.get_text() for text in figure.texts).split())
+    assert "Drawn are the 20 of 30 methods that are best on validation; the tables hold all." in text
+
+
+def lightness(color: str) -> float:
+    """CIE L* of a colour, 0 to 100: what a grey print keeps of it."""
+    linear = np.array([c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in to_rgb(color)])
+    return float(116 * np.cbrt(linear @ [0.2126, 0.7152, 0.0722]) - 16)
+
+
+def test_lora_dora_and_delora_differ_in_grey():
+    known = curves.known_styles()
+    shades = sorted(lightness(known[label].color) for label in ("LoRA", "DoRA", "DeLoRA", "DeLoRA (zero)"))
+    assert min(np.diff(shades)) > 15
 
 
 def test_methods_differ_without_colour():
@@ -578,8 +732,9 @@ def test_several_folders_share_a_report(tmp_path, capsys):
     fake_trials.write(tmp_path / "a" / "1", 0.8, seed=1)
     fake_trials.write(tmp_path / "b" / "2", 0.9, seed=2)
     assert main([str(tmp_path / "a"), str(tmp_path / "b"), "--only", "table"]) == 0
-    assert str(tmp_path / "report" / "tables.md") in capsys.readouterr().err
-    assert rows(tmp_path / "report" / "scores-minilm-paper-glue.csv")[0]["MRPC"] == "85"
+    assert str(tmp_path / "a" / "report" / "tables.md") in capsys.readouterr().err
+    assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
+    assert rows(tmp_path / "a" / "report" / "scores-minilm-paper-glue.csv")[0]["MRPC"] == "85"
 
 
 def test_reports_import_no_torch_and_are_the_same_each_time(sweep, tmp_path):
@@ -678,7 +833,7 @@ def test_a_reader_that_went_away_is_no_error(sweep, unbuffered):
 # --- The page
 
 
-def browse(page: Path, script: str, folder: Path) -> dict:
+def browse(page: Path, script: str, folder: Path, *more: str) -> dict:
     """Opens a page in a headless browser, runs a script that fills `out`, and returns `out`; fails on an error."""
     browser = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if not browser:
@@ -691,6 +846,7 @@ def browse(page: Path, script: str, folder: Path) -> dict:
     command = [
         browser,
         *flags,
+        *more,
         f"--user-data-dir={folder}",
         "--enable-logging=stderr",
         "--dump-dom",
@@ -749,7 +905,8 @@ out.links = [...dialog.querySelectorAll("a")].map(a => a.getAttribute("href"));
 def test_page_works_in_a_browser(sweep, tmp_path):
     page = sweep / "report" / "index.html"
     found = browse(page, LOOK, tmp_path)
-    assert found["views"] == ["score by factor", "score by rate", "distance by factor", "distance by rate",
+    assert found["views"] == ["score by factor", "score by rate", "drop by factor", "drop by rate",
+                              "distance by factor", "distance by rate",
                               "change by factor", "change by rate",
                               "score over training", "distance over training", "change over training",
                               "λ over training"]  # fmt: skip
@@ -771,7 +928,23 @@ def test_page_works_in_a_browser(sweep, tmp_path):
     assert found["facts"]["config.method.lambda_init"] == "4" and found["facts"]["made_by.commit"] == "f" * 40
     assert found["facts"]["id"].startswith("mrpc-delora-")
     for link in found["links"]:
-        assert (page.parent / link).exists() or link.endswith("log.txt"), link
+        assert (page.parent / link).exists(), link
+
+
+NARROW = """
+out.width = innerWidth;
+out.page = document.documentElement.scrollWidth;
+out.charts = Math.max(...[...document.querySelectorAll("#charts svg")].map(svg => svg.getBoundingClientRect().right));
+document.querySelector("tr[data-t]").click();
+const box = document.getElementById("trial").getBoundingClientRect();
+out.dialog = [box.left, box.right];
+"""
+
+
+def test_the_page_fits_a_narrow_window(sweep, tmp_path):
+    found = browse(sweep / "report" / "index.html", NARROW, tmp_path, "--window-size=400,800")
+    assert found["width"] <= 500
+    assert max(found["page"], found["charts"], found["dialog"][1]) <= found["width"] and found["dialog"][0] >= 0
 
 
 def test_page_of_a_thousand_trials_is_fluid(many, tmp_path):

@@ -1,5 +1,6 @@
 """A run from the command line to its folder, in real processes, on generated data and small encoders."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -8,11 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from conftest import FEW, SMALL, command, compose_trial
 from omegaconf import OmegaConf
+from sklearn.metrics import f1_score
 
 import delora
 from delora import storage
@@ -21,6 +24,7 @@ from delora.data import load
 from delora.data.batches import Tokens
 from delora.errors import UserError
 from delora.methods.lora import LoRA
+from delora.metrics import guessing
 from delora.missing import identified
 from delora.run import Interrupted, Stop
 from delora.sweep import run
@@ -35,6 +39,8 @@ def test_a_loaded_model_gives_the_scored_logits_exactly(tmp_path, method):
     model = delora.load(tmp_path / "x")
     stored, _ = storage.read_tensors(tmp_path / "x" / storage.PREDICTIONS, "pt")
     dataset = load(TASKS["mrpc"], **trial.data.options())
+    guessed = storage.read(tmp_path / "x").result["made_by"]["data"]["guessing"]
+    assert guessed == np.bincount(dataset.splits["validation"].labels).max() / 40
     tokens = Tokens(dataset.splits["validation"], model.tokenizer, 64, model.device, model.dtype)
     from delora.data.splits import paper_split
 
@@ -205,3 +211,12 @@ def test_a_start_that_does_not_fit_is_refused_in_words(tmp_path, finished):
     other = trial.model_copy(update={"method": trial.method.model_copy(update={"start_sha256": "0" * 64})})
     with pytest.raises(UserError, match=r"its adapter is not the one that this trial began with"):
         run([other])
+
+
+def test_guessing_scores_as_scikit_learn_says():
+    labels = np.array([0, 1, 1, 2, 2, 2, 2])
+    mnli, cola = TASKS["mnli"], TASKS["cola"]
+    assert guessing(mnli, labels) == 4 / 7 and guessing(cola, labels % 2) == 0
+    assert guessing(TASKS["stsb"], np.array([0.0, 2.5, 5.0])) == 0
+    by_f1 = dataclasses.replace(TASKS["mrpc"], headline="f1")
+    assert guessing(by_f1, labels // 2) == f1_score(labels // 2, np.ones(7, int))

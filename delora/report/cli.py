@@ -2,7 +2,6 @@
 
 import argparse
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ Everything is computed anew from each trial's result.json and metrics.jsonl. Cur
 tables as Markdown, LaTeX and CSV, and all of it with each trial as one page, index.html."""
 EXAMPLES = """examples:
   delora-report outputs/robust-mrpc                               everything, into outputs/robust-mrpc/report/
-  delora-report outputs/a outputs/b                               two sweeps together, into outputs/report/
+  delora-report outputs/a outputs/b                               two sweeps together, into outputs/a/report/
   delora-report outputs/a outputs/b --only table --format latex   the tables, which are printed as well
   delora-report outputs/prolonged --factor 4                      curves over training at 4 times the base rates
 """
@@ -47,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     add("folders", nargs="+", type=Path, metavar="FOLDER", help="sweeps or trials")
     add("--only", choices=("curves", "table", "page"), help="make one part; table is printed as well")
     add("--format", choices=("markdown", "latex", "csv"), default="markdown", help="of the tables that are printed")
-    add("--output", type=Path, metavar="FOLDER", help="where to write; default: report/ in the folder of results")
+    add("--output", type=Path, metavar="FOLDER", help="where to write; default: report/ in the first FOLDER")
     add("--layer", metavar="NAME", help="layers whose ‖W′ − W‖ and λ are shown, as in method.targets; default: all")
     add("--factor", type=float, help="shows training at this factor; default: at each method's best")
     span = "factors over which worst drop and sensitivity are taken; default: all that every method covers"
@@ -74,8 +73,8 @@ def report(options: argparse.Namespace) -> None:
 
     found = trials.read(options.folders, options.layer)
     panels = statistics.panels(found.trials, tuple(options.range) if options.range else None, options.select)
-    shown = [curves.shown_factor(curve, options.factor) for panel in panels for curve in panel.curves]
-    if options.factor is not None and not any(at is not None for at in shown):
+    at = [curves.shown_factor(curve, options.factor) for panel in panels for curve in panel.curves]
+    if options.factor is not None and all(place is None for place in at):
         known = ", ".join(tables.number(factor) for factor in sorted({trial.factor for trial in found.trials}))
         raise UserError(f"--factor {options.factor:g}: no trial has it. The factors are {known}")
     notes = tables.notes(found, panels)
@@ -84,10 +83,11 @@ def report(options: argparse.Namespace) -> None:
     for best in winner.choose(storage.StoredTrial(trial.folder, trial.result) for trial in found.trials):
         print(best, file=sys.stderr if options.only == "table" else sys.stdout)
 
-    folder = options.output or _common(options.folders) / "report"
+    folder = options.output or options.folders[0] / "report"
     if options.output and folder.is_symlink():  # it is named by the user, not by a folder of results
         folder = folder.resolve()
     made = tables.all_tables(panels) if options.only != "curves" else []
+    shown = [table for table in made if not table.aside]
     written: list[Path] = []
     if options.only in (None, "curves"):
         written += curves.draw(panels, folder, options.layer, options.factor)
@@ -95,15 +95,10 @@ def report(options: argparse.Namespace) -> None:
         written += tables.write(made, folder)
     if options.only in (None, "page"):
         written.append(page.write(folder / "index.html", panels, made, notes, options.layer, options.factor))
-    printed = {None: [table for table in made if table.name.startswith(("scores", "ladder"))], "table": made}
+    printed = {None: [table for table in shown if table.name.startswith(("scores", "ladder"))], "table": shown}
     print("\n".join(tables.FORMS[options.format][1](table) for table in printed.get(options.only, [])), end="")
     for path in written:
         print(terminal.printable(str(path)), file=sys.stderr if options.only == "table" else sys.stdout)
-
-
-def _common(folders: Sequence[Path]) -> Path:
-    """The folder that holds all of them."""
-    return folders[0] if len(folders) == 1 else Path(os.path.commonpath([folder.absolute() for folder in folders]))
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import math
 import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +16,17 @@ import numpy as np
 from delora import storage
 from delora.report import statistics
 from delora.report.statistics import Curve, Panel
-from delora.report.tables import number, task_name
+from delora.report.tables import number
 from delora.report.trials import label_order, looks
-from delora.tasks import TASKS
+from delora.terminal import counted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 FORMATS = ("png", "svg", "pdf")
-LINES = "Lines: mean over seeds, with its 95 % bootstrap interval."
+DRAWN = 20  # methods of a picture: more would not be told apart
+LEAST_DROP = 0.1  # points: what is less, as the best's own 0, is drawn there, for the axis is logarithmic
 METRICS = {"accuracy": "accuracy", "matthews": "Matthews corr.", "pearson_spearman": "Pearson/Spearman"}
 SYMBOLS = {"distance": "‖W′ − W‖", "change": "‖h′ − h‖ / ‖h‖", "strength": "λ"}
 X_LABELS = {
@@ -81,7 +82,7 @@ OTHERS = [
     Style(color, marker, dash)
     for dash, (color, marker) in itertools.product(
         [(3, 1.2), (1, 1), (6, 1.2, 1, 1.2, 1, 1.2)],
-        zip(["#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#777777"], "<>*hpdo", strict=True),
+        zip(["#56B4E9", "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#777777"], "<>*hpdo", strict=True),
     )
 ]
 
@@ -110,14 +111,19 @@ def styles(labels: Iterable[str]) -> dict[str, Style]:
     return {label: known_styles().get(label) or next(others) for label in sorted(set(labels), key=label_order)}
 
 
-# --- Values: of a quantity, which is "score" (in percent), "distance", "change" (of hidden states) or "strength" (λ)
+# --- Values: of a quantity: "score" (percent), "drop" (points), "distance", "change" (of hidden states), "strength" (λ)
 
 
 def at_rates(curve: Curve, quantity: str) -> np.ndarray:
-    """Score, or distance or change at the end of training, (F, S); NaN where there is none, and for 0, which has no
-    log."""
+    """Score, its drop from the mean at the curve's best rate, or distance or change at the end of training, (F, S).
+
+    NaN where there is none, and for a distance or change of 0, which has no log.
+    """
     if quantity == "score":
         return 100 * curve.score_FS
+    if quantity == "drop":
+        drop_FS = 100 * (np.nanmean(curve.best_scores_S) - curve.score_FS)
+        return drop_FS if len(curve.factors_F) > 1 else np.full_like(drop_FS, np.nan)
     values_FS = np.full(curve.score_FS.shape, np.nan)
     for place, trial in curve.trials.items():
         values_FS[place] = getattr(trial, quantity) or math.nan
@@ -126,7 +132,20 @@ def at_rates(curve: Curve, quantity: str) -> np.ndarray:
 
 def lost(curve: Curve, quantity: str) -> np.ndarray:
     """Which trials are drawn as lost, (F, S): those without a score, or that diverged before the end."""
-    return curve.scoreless_FS if quantity == "score" else curve.diverged_FS
+    return curve.scoreless_FS if quantity in ("score", "drop") else curve.diverged_FS
+
+
+def visible(values: np.ndarray, quantity: str) -> np.ndarray:
+    """Where values are drawn: a drop not below the axis."""
+    return np.maximum(values, LEAST_DROP) if quantity == "drop" else values
+
+
+def line(values_FS: np.ndarray, quantity: str) -> np.ndarray:
+    """Mean over the seeds and interval's ends at each rate, (3, F); a drop's interval is the score's, drawn there."""
+    band_3F = visible(statistics.band(values_FS), quantity)
+    if quantity == "drop":
+        band_3F[1:] = np.nan
+    return band_3F
 
 
 def spread(x_F: np.ndarray, curve: Curve, place: int, curves: int) -> np.ndarray:
@@ -193,40 +212,81 @@ def draw(
 
 
 def _pictures(panels: Sequence[Panel], layer: str | None, factor: float | None) -> "Iterator[tuple[str, Figure]]":
+    panels, left_out = drawn(panels)
     of_layer = "-" + re.sub(r"[^\w.-]", "x", layer) if layer else ""
     if any(len(curve.factors_F) > 1 for panel in panels for curve in panel.curves):
-        yield "score_by_factor", _by_rate(panels, "factor", "score")
-        yield "score_by_rate", _by_rate(panels, "rate", "score")
+        yield "score_by_factor", _by_rate(panels, "factor", ("score", "drop"), left_out=left_out)
+        yield "score_by_rate", _by_rate(panels, "rate", ("score", "drop"), left_out=left_out)
         for quantity in ("distance", "change"):
             if any(getattr(trial, quantity) > 0 for panel in panels for trial in panel.trials):
-                yield f"{quantity}_by_factor{of_layer}", _by_rate(panels, "factor", quantity, layer)
+                yield f"{quantity}_by_factor{of_layer}", _by_rate(panels, "factor", (quantity,), layer, left_out)
     if any(len(trial.history) > 1 for panel in panels for trial in panel.trials):
-        yield f"training{of_layer}", _over_training(panels, layer, factor)
+        yield f"training{of_layer}", _over_training(panels, layer, factor, left_out)
+
+
+def drawn(panels: Sequence[Panel]) -> tuple[list[Panel], str]:
+    """The panels with the methods that a picture has room for, and a sentence on those that are left out."""
+    ranks: dict[str, int] = {}  # the best that a method has in any panel, on validation
+    for panel in panels:
+        scores = {curve.label: np.nanmean(curve.validation_FS[curve.best]) for curve in panel.curves}
+        for rank, label in enumerate(sorted(scores, key=lambda label: -scores[label])):
+            ranks[label] = min(rank, ranks.get(label, rank))
+    if len(ranks) <= DRAWN:
+        return list(panels), ""
+    kept = {*sorted(ranks, key=lambda label: (ranks[label], label_order(label)))[:DRAWN]}
+    few = [replace(panel, curves=[curve for curve in panel.curves if curve.label in kept]) for panel in panels]
+    said = f" Drawn are the {DRAWN} of {len(ranks)} methods that are best on validation; the tables hold all."
+    return [panel for panel in few if panel.curves], said
 
 
 def panel_titles(panels: Sequence[Panel]) -> list[str]:
-    """The tasks, with encoder, protocol and data where these are not the same in all panels."""
-    parts = [[task_name(p.task), p.model, p.protocol, p.data] for p in panels]
-    varying = [0, *(i for i in (1, 2, 3) if len({part[i] for part in parts}) > 1)]
-    return [", ".join(part[i] for i in varying) for part in parts]
+    """Task and encoder, generated data, and protocol and data where these are not the same in all panels."""
+    several_protocols, several_data = (len({getattr(p, part) for p in panels}) > 1 for part in ("protocol", "data"))
+    return [
+        ", ".join(
+            [
+                panel.facts.folder,
+                panel.model,
+                *([panel.protocol] if several_protocols else []),
+                *([f"{panel.data} data"] if panel.synthetic or several_data else []),
+            ]
+        )
+        for panel in panels
+    ]
+
+
+def on_lines(panels: Iterable[Panel]) -> str:
+    """What the lines are, with the number of seeds."""
+    n = sorted({len(curve.seeds) for panel in panels for curve in panel.curves})
+    seeds = counted(n[-1], "seed") if len(n) == 1 else f"{n[0]} to {counted(n[-1], 'seed')}"
+    if n[-1] < statistics.FEWEST:
+        return f"Lines: mean over {seeds}, too few for an interval."
+    from_there_on = f", from {statistics.FEWEST} seeds on" if n[0] < statistics.FEWEST else ""
+    return f"Lines: mean over {seeds}, with its 95 % bootstrap interval{from_there_on}."
 
 
 def y_label(panel: Panel, quantity: str, x: str, layer: str | None) -> str:
+    if quantity == "drop":
+        return "drop from the best (points)"
     if quantity == "score":
         split = "validation" if x == "step" else panel.split
-        return f"{split} {METRICS[TASKS[panel.task].headline]} (%)"
+        return f"{split} {METRICS.get(panel.facts.headline, panel.facts.headline)} (%)"
     return f"{SYMBOLS[quantity]}, {layer or 'mean over layers'}"
 
 
-def _by_rate(panels: Sequence[Panel], x: str, quantity: str, layer: str | None = None) -> "Figure":
-    """Score, distance or change against the rate or its factor, a panel for each task."""
-    figure, axes, look = _figure(panels)
-    references = reference_styles(panels) if quantity == "score" else {}
-    for axis, panel in zip(axes, panels, strict=True):
+def _by_rate(
+    panels: Sequence[Panel], x: str, quantities: Sequence[str], layer: str | None = None, left_out: str = ""
+) -> "Figure":
+    """Quantities against the rate or its factor: a row for each, in it an axis for each panel."""
+    figure, axes, look = _figure(panels, len(quantities))
+    references = reference_styles(panels) if "score" in quantities else {}
+    for axis, (quantity, panel) in zip(axes, itertools.product(quantities, panels), strict=True):
         for place, curve in enumerate(panel.curves):
             x_F, values_FS = getattr(curve, f"{x}s_F"), at_rates(curve, quantity)
             style, x_FS = look[curve.label], spread(x_F, curve, place, len(panel.curves))
-            _draw_band(axis, style, x_F, values_FS)
+            _draw_band(axis, style, x_F, line(values_FS, quantity))
+            if quantity == "drop":
+                continue  # the trials are those of the scores above
             lost_FS = lost(curve, quantity)
             points: dict[str, Any] = {"s": 6, "marker": style.marker, "alpha": 0.35, "linewidths": 0, "zorder": 2}
             shown_FS = ~lost_FS & ~np.isnan(values_FS)
@@ -240,16 +300,19 @@ def _by_rate(panels: Sequence[Panel], x: str, quantity: str, layer: str | None =
         axis.set_ylabel(y_label(panel, quantity, x, layer))
         if quantity == "score":
             _reference_lines(axis, panel.references(), references)
-        elif any(getattr(trial, quantity) > 0 for trial in panel.trials):
-            _log_distance_axis(axis)
-    crosses = "×: diverged or no defined score, counted as guessing."
-    if quantity != "score":
-        crosses = f"× at the top: diverged, without a {quantity}. At the end of training."
-    if quantity == "change":
-        crosses += " h: hidden states behind the encoder's layers, on validation rows; h′: after training."
-    elif quantity == "distance" and (without := _without_distance(panels)):
-        crosses += f" Without W′: {', '.join(without)}."
-    return _finish(figure, look, references, X_LABELS[x], f"{LINES} Points: single trials. {crosses}")
+        elif quantity == "drop" or any(getattr(trial, quantity) > 0 for trial in panel.trials):
+            _log_axis(axis, LEAST_DROP if quantity == "drop" else None)
+    note = "×: diverged or no defined score, counted as guessing."
+    if "drop" in quantities:
+        note += " Drop: of the mean, from that at the method's best rate."
+    if "score" not in quantities:
+        note = f"× at the top: diverged, without a {quantities[0]}. At the end of training."
+    if "change" in quantities:
+        note += " h: hidden states behind the encoder's layers, on validation rows; h′: after training."
+    elif "distance" in quantities and (without := _without_distance(panels)):
+        note += f" Without W′: {', '.join(without)}."
+    note = f"{on_lines(panels)} Points: single trials. {note}{left_out}"
+    return _finish(figure, look, references, X_LABELS[x], note)
 
 
 def _without_distance(panels: Sequence[Panel]) -> list[str]:
@@ -259,7 +322,7 @@ def _without_distance(panels: Sequence[Panel]) -> list[str]:
     return sorted({label for label, _ in ended} - measured, key=label_order)
 
 
-def _over_training(panels: Sequence[Panel], layer: str | None, factor: float | None) -> "Figure":
+def _over_training(panels: Sequence[Panel], layer: str | None, factor: float | None, left_out: str = "") -> "Figure":
     """Score, distance, change and λ against the training step, a column for each panel."""
     drawn = {
         (quantity, p): [
@@ -279,7 +342,7 @@ def _over_training(panels: Sequence[Panel], layer: str | None, factor: float | N
             style = look[curve.label]
             if np.isnan(values_ES).all():
                 continue
-            _draw_band(axis, style, steps_E, values_ES, markevery=max(1, len(steps_E) // 8))
+            _draw_band(axis, style, steps_E, statistics.band(values_ES), markevery=max(1, len(steps_E) // 8))
             axis.plot(steps_E, values_ES, color=style.color, linewidth=0.5, alpha=0.35, zorder=2)
             ends = [trial.history[-1] for trial in curve.trials_at(at) if trial.diverged and trial.history]
             if quantity == "score":
@@ -290,28 +353,33 @@ def _over_training(panels: Sequence[Panel], layer: str | None, factor: float | N
             _reference_lines(axis, panels[p].references("validation"), references)
         axis.set_xlim(left=0)
     chosen = f"at {factor_text(factor)} times the base rate" if factor is not None else "at each method's best rate"
-    note = f"Trials {chosen}. {LINES} Thin: single trials. ×: diverged; score counted as guessing from there on."
-    return _finish(figure, look, references, X_LABELS["step"], note)
+    note = f"Trials {chosen}. {on_lines(panels)} Thin: single trials. ×: diverged; from there on it counts as guessing."
+    return _finish(figure, look, references, X_LABELS["step"], note + left_out)
 
 
 def _figure(panels: Sequence[Panel], rows: int = 1) -> tuple["Figure", list["Axes"], dict[str, Style]]:
-    """A figure with titled axes by rows: a column for each panel, or if `rows` is 1 up to four even columns."""
+    """A figure with axes row by row, those of the first titled; panels stand in up to four columns, rows below them."""
     from matplotlib.figure import Figure
 
-    lines = rows if rows > 1 else -(-len(panels) // 4)
-    columns = len(panels) if rows > 1 else -(-len(panels) // lines)
-    single = columns * lines == 1
-    size = (5.6, 3.7) if single else (max(5.6, 2.9 * columns + 0.3), 2.5 * lines + 0.9)
+    lines = -(-len(panels) // 4)
+    columns = -(-len(panels) // lines)
+    single = columns * lines * rows == 1
+    size = (5.6, 3.7) if single else (max(5.6, 2.9 * columns + 0.3), 2.5 * lines * rows + 0.9)
     figure = Figure(figsize=size, layout="constrained")
-    axes = [figure.add_subplot(lines, columns, place + 1) for place in range(rows * len(panels))]
+    places = [divmod(p, columns) for p in range(len(panels))]
+    axes = [
+        figure.add_subplot(lines * rows, columns, (line * rows + row) * columns + column + 1)
+        for row in range(rows)
+        for line, column in places
+    ]
     for axis, title in zip(axes, panel_titles(panels), strict=False):
-        axis.set_title(title)
+        axis.set_title(textwrap.fill(title, int(11 * size[0] / columns)))
     return figure, axes, styles(curve.label for panel in panels for curve in panel.curves)
 
 
-def _draw_band(axis: "Axes", style: Style, x_F: np.ndarray, values_FS: np.ndarray, **line: Any) -> None:
-    """Mean and interval over the seeds."""
-    mean_F, low_F, high_F = statistics.band(values_FS)
+def _draw_band(axis: "Axes", style: Style, x_F: np.ndarray, band_3F: np.ndarray, **line: Any) -> None:
+    """Mean and interval over the seeds, as `statistics.band` has them."""
+    mean_F, low_F, high_F = band_3F
     axis.fill_between(x_F, low_F, high_F, color=style.color, alpha=0.15, linewidth=0, zorder=1)
     axis.plot(x_F, mean_F, **style.line(), **line, zorder=3)
 
@@ -339,14 +407,18 @@ def _rate_axis(axis: "Axes", panel: Panel, x: str) -> None:
     axis.axvline(1, color="#ccc", linewidth=0.7, zorder=0)
 
 
-def _log_distance_axis(axis: "Axes") -> None:
+def _log_axis(axis: "Axes", least: float | None = None) -> None:
+    """A logarithmic y-axis; `least` stands for all that is less."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     axis.set_yscale("log")
+    if least:
+        axis.set_ylim(bottom=0.8 * least, top=max(axis.get_ylim()[1], 20 * least))
     low, high = axis.get_ylim()
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high / low < 1000 else (1,)))
     axis.yaxis.set_minor_locator(NullLocator())
-    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+    least_text = {number(least): f"≤ {number(least)}"} if least else {}
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: least_text.get(number(value), number(value))))
 
 
 def labelled(factors: Sequence[float]) -> list[float]:
@@ -368,10 +440,16 @@ def _finish(
 ) -> "Figure":
     from matplotlib.lines import Line2D
 
-    handles = [Line2D([], [], label=label, **style.line()) for label, style in look.items()]
-    handles += [Line2D([], [], label=name, **_reference(dash)) for name, dash in references.items()]
-    widest = 0.75 + 0.065 * max(map(len, [*look, *references]))  # inches, at the font size of RC
+    longest = int((figure.get_figwidth() - 0.75) / 0.065)  # letters, at the font size of RC
+
+    def cut(label: str) -> str:
+        return label if len(label) <= longest else f"{label[: longest - 1]}…"
+
+    handles = [Line2D([], [], label=cut(label), **style.line()) for label, style in look.items()]
+    handles += [Line2D([], [], label=cut(name), **_reference(dash)) for name, dash in references.items()]
+    widest = 0.75 + 0.065 * min(longest, max(map(len, [*look, *references])))  # inches
     rows = -(-len(handles) // max(1, int(figure.get_figwidth() / widest)))
+    figure.set_figheight(figure.get_figheight() + 0.18 * max(0, rows - 2))
     columns = -(-len(handles) // rows)
     figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, handlelength=3.2)
     lines = textwrap.wrap(note, int(20 * figure.get_figwidth()))

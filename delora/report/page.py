@@ -14,7 +14,7 @@ import numpy as np
 from delora import storage
 from delora.report import curves, statistics
 from delora.report.statistics import Panel
-from delora.report.tables import EMPTY, Cell, Table, is_text, number, task_name
+from delora.report.tables import EMPTY, Cell, Table, is_text, number, some
 from delora.report.trials import Trial
 
 EVALUATIONS = 60  # of a trial, drawn over training: more would not be told apart
@@ -35,6 +35,7 @@ def write(
     """
     trials = [trial for panel in panels for trial in panel.trials]
     folder = path.parent.resolve()
+    logs = [(trial.folder / storage.LOG).is_file() for trial in trials]
     links = [quote(os.fsencode(os.path.relpath(trial.folder.resolve(), folder))) for trial in trials]
     facts = [_facts(trial) for trial in trials]
     keys = list(dict.fromkeys(key for fact in facts for key in fact))
@@ -48,11 +49,13 @@ def write(
         "styles": {label: [s.color, s.marker, " ".join(str(1.5 * d) for d in s.dash)] for label, s in look.items()},
         "views": _views(panels, {id(trial): i for i, trial in enumerate(trials)}, layer, factor),
         "links": links,
+        "logs": logs,
         "shared": shared,
         "keys": own,
         "trials": [[fact.get(key) for key in own] for fact in facts],
     }
     parts = {
+        "LINES": html.escape(curves.on_lines(panels)),
         "TITLE": html.escape(_title(panels)),
         "NOTES": "".join(f"<li>{html.escape(note)}</li>" for note in notes),
         "TABLES": "".join(_table(table) for table in tables),
@@ -73,11 +76,12 @@ def _facts(trial: Trial) -> dict[str, Any]:
 
 
 def _title(panels: Sequence[Panel]) -> str:
-    """The tasks of each encoder."""
+    """The tasks of each encoder, and whether their data were generated."""
     tasks: dict[str, dict[str, None]] = {}
     for panel in panels:
-        tasks.setdefault(panel.model, {})[task_name(panel.task)] = None
-    return "; ".join(f"{', '.join(names)}: {model}" for model, names in tasks.items())
+        where = f"{panel.model}, {panel.data} data" if panel.synthetic else panel.model
+        tasks.setdefault(where, {})[panel.facts.folder] = None
+    return some([f"{', '.join(names)}: {where}" for where, names in tasks.items()], "; ")
 
 
 # --- Curves: each view draws a chart for each panel, with a series for each method
@@ -86,7 +90,7 @@ def _title(panels: Sequence[Panel]) -> str:
 def _views(panels: Sequence[Panel], index: dict[int, int], layer: str | None, factor: float | None) -> list[dict]:
     """The views that have something to show; `index` numbers the trials by their identity."""
     made = []
-    places = [(quantity, x) for quantity in ("score", "distance", "change") for x in ("factor", "rate")]
+    places = [(quantity, x) for quantity in ("score", "drop", "distance", "change") for x in ("factor", "rate")]
     for quantity, x in [*places, *((quantity, "step") for quantity in ("score", "distance", "change", "strength"))]:
         charts: list[dict] = [
             {
@@ -109,6 +113,7 @@ def _views(panels: Sequence[Panel], index: dict[int, int], layer: str | None, fa
             "x": curves.X_LABELS[x],
             "logX": x != "step",
             "logY": quantity != "score" and x != "step",
+            "least": curves.LEAST_DROP if quantity == "drop" else None,
             "charts": charts,
         }
         if any(series["line"] for chart in charts for series in chart["series"]):
@@ -120,14 +125,15 @@ def _by_rate(panel: Panel, quantity: str, index: dict[int, int], x: str) -> list
     made = []
     for place, curve in enumerate(panel.curves):
         x_F, values_FS = getattr(curve, f"{x}s_F"), curves.at_rates(curve, quantity)
-        lost_FS = curves.lost(curve, quantity)
+        line = _line(x_F, curves.line(values_FS, quantity))
+        values_FS, lost_FS = curves.visible(values_FS, quantity), curves.lost(curve, quantity)
         x_FS = curves.spread(x_F, curve, place, len(panel.curves))
         points = [
             [_short(x_FS[f, s]), _short(values_FS[f, s]), index[id(trial)], int(lost_FS[f, s])]
             for (f, s), trial in curve.trials.items()
             if lost_FS[f, s] or not math.isnan(values_FS[f, s])
         ]
-        made.append({"label": curve.label, "line": _line(x_F, values_FS), "points": points, "paths": []})
+        made.append({"label": curve.label, "line": line, "points": points, "paths": []})
     return made
 
 
@@ -143,15 +149,14 @@ def _over_training(panel: Panel, quantity: str, index: dict[int, int], factor: f
             [index[id(trial)], [[int(step), _short(value)] for step, value in zip(steps, values[:, s], strict=True)]]
             for s, trial in enumerate(curve.trials_at(at))
         ]
-        line = _line(steps, values)
+        line = _line(steps, statistics.band(values))
         made.append({"label": curve.label, "line": line, "points": [], "paths": paths if line else []})
     return made
 
 
-def _line(x_F: np.ndarray, values_FS: np.ndarray) -> list[list[float | None]]:
+def _line(x_F: np.ndarray, band_3F: np.ndarray) -> list[list[float | None]]:
     """x, mean and interval's ends of each rate or step that has a value."""
-    band = statistics.band(values_FS)
-    return [[_short(v) for v in (x, *ends)] for x, ends in zip(x_F, band.T, strict=True) if not math.isnan(ends[0])]
+    return [[_short(v) for v in (x, *ends)] for x, ends in zip(x_F, band_3F.T, strict=True) if not math.isnan(ends[0])]
 
 
 def _short(value: float) -> float | None:
@@ -175,16 +180,21 @@ def _table(table: Table, links: Sequence[str] | None = None) -> str:
         if links:
             cells += f'<td><a href="{html.escape(links[place])}/">folder</a></td>'
         rows.append(f"<tr data-t={place}>{cells}</tr>" if links else f"<tr>{cells}</tr>")
+    title = html.escape(table.title)
+    opening, closing = f"<section><h3>{title}</h3>", "</section>\n"
+    if table.aside:
+        opening, closing = f"<details><summary>{title}</summary>", "</details>\n"
     return (
-        f'<section><h3>{html.escape(table.title)}</h3><div class="wide"><table><thead><tr>{heads}</tr></thead>'
-        f"<tbody>{''.join(rows)}</tbody></table></div><p>{html.escape(table.caption)}</p></section>\n"
+        f'{opening}<div class="wide"><table><thead><tr>{heads}</tr></thead>'
+        f"<tbody>{''.join(rows)}</tbody></table></div><p>{html.escape(table.notes)}</p>{closing}"
     )
 
 
 def _td(cell: Cell, right: bool) -> str:
     key = cell.values.get("")
     value = f" data-v={key:.6g}" if key is not None and f"{key:.6g}" != cell.text else ""
-    return f"<td{' class=r' if right else ''}{value}>{html.escape(cell.text)}</td>"
+    text = html.escape(cell.text)
+    return f"<td{' class=r' if right else ''}{value}>{f'<b>{text}</b>' if cell.best else text}</td>"
 
 
 def _trials(trials: Iterable[Trial]) -> Table:
@@ -195,7 +205,7 @@ def _trials(trials: Iterable[Trial]) -> Table:
         best = trial.result["best"]
         rows.append(
             [
-                Cell(task_name(trial.task)),
+                Cell(trial.facts.folder),
                 Cell(trial.model),
                 Cell(trial.label),
                 Cell(number(trial.factor), {"": trial.factor}),
@@ -210,8 +220,8 @@ def _trials(trials: Iterable[Trial]) -> Table:
                 _value(trial.result["seconds"]["total"], ".0f"),
             ]
         )
-    caption = "A click on a row shows the trial's config and provenance."
-    return Table("trials", "Trials", caption, columns, rows)
+    notes = "A click on a row shows the trial's config and provenance."
+    return Table("trials", "Trials", notes, columns, rows)
 
 
 def _value(value: float, form: str) -> Cell:

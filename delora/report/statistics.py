@@ -5,8 +5,9 @@ Shapes: F learning rates, S seeds, B draws of seeds or shuffles of rates, P poin
 Intervals resample the seeds: all rates of a seed share its split, data order and initial values, so whole seeds are
 drawn with replacement, the same draws for every method, and each number is computed anew from every draw. Up to seven
 seeds all draws there are (126 for five) are taken, each with its probability, else `DRAWS` at random. They are 95 %
-percentile intervals, and with five seeds they are on the narrow side. The worst drop is a maximum, so that its interval
-excludes zero for a flat curve too: whether there is one is told by `chance`.
+percentile intervals; with five seeds they are on the narrow side, and with fewer than `FEWEST` there are none. The
+worst drop is a maximum, so that its interval excludes zero for a flat curve too: whether there is one is told by
+`chance`.
 """
 
 import functools
@@ -22,11 +23,12 @@ import numpy as np
 import yaml  # type: ignore[import-untyped]
 
 from delora.report.trials import Trial, label_order
-from delora.tasks import TASKS
+from delora.tasks import Task
 
 DRAWS = 2000
 SHUFFLES = 4999  # beside what was seen: the lowest p-value is 1 in 5,000
 LEVEL = 0.95
+FEWEST = 3  # seeds of an interval: resampling two only tells their distance
 TOLERANCE = 0.01  # a rate is tolerated if it scores within one point of the best
 ALL_PAIRS = 16  # methods of a panel up to which each is compared with each
 Span = tuple[float, float]  # the lowest and the highest factor of a range
@@ -122,6 +124,10 @@ class Panel:
     select: Select
 
     @property
+    def facts(self) -> Task:
+        return self.trials[0].facts
+
+    @property
     def split(self) -> str:
         return "test" if self.protocol == "paper" else "validation"
 
@@ -151,19 +157,22 @@ def published() -> dict[str, Any]:
     return yaml.safe_load(Path(__file__).with_name("published.yaml").read_text(encoding="utf-8"))
 
 
-def guessing(task: str, synthetic: bool = False) -> float:
-    """What always guessing the same scores: the floor of every curve.
+def guessing(trials: Sequence[Trial]) -> float:
+    """What always guessing the same scores on the trials' validation rows, a fraction: the floor of every curve.
 
     It stands for the untrained model, whose accuracy is that of whatever class its head happens to prefer; guessing the
-    most frequent class is the best that no training can do. Correlations and Matthews have 0. The classes of synthetic
-    data are taken as equally frequent.
+    most frequent class is the best that no training can do. Correlations and Matthews have 0. Results hold it; of old
+    ones that do not, GLUE's is known, and other data's classes are taken as equally frequent.
     """
-    facts = TASKS[task]
+    stored = [trial.result["made_by"]["data"].get("guessing") for trial in trials]
+    if known := [score for score in stored if score is not None]:
+        return known[0]
+    facts = trials[0].facts
     if facts.headline != "accuracy":
         return 0.0
-    if synthetic:
+    if trials[0].synthetic or facts.name not in published()["most_frequent_class"]:
         return 1 / facts.num_labels
-    rows, all_rows = published()["most_frequent_class"][task]
+    rows, all_rows = published()["most_frequent_class"][facts.name]
     return rows / all_rows
 
 
@@ -185,7 +194,7 @@ def panels(trials: Iterable[Trial], span: Span | None = None, select: Select = "
         by_place[trial.place][trial.label].append(trial)
     made = []
     for place, by_label in sorted(by_place.items(), key=lambda item: (task_order(item[0][0]), *item[0])):
-        floor = guessing(place[0], next(iter(by_label.values()))[0].synthetic)
+        floor = guessing([trial for some in by_label.values() for trial in some])
         curves = [curve(label, by_label[label], floor, select) for label in sorted(by_label, key=label_order)]
         heads = [c for c in curves if c.trials_at(0)[0].result["parameters"]["adapter"] == 0]
         adapted = [c for c in curves if c not in heads]
@@ -254,10 +263,10 @@ def estimate(values_B: np.ndarray, seeds: int, at_least: bool = False, rests_on:
     """The first of the values with the interval of the others, one for each of the `draws` of so many seeds.
 
     Args:
-        rests_on: how many trials the first value rests on, where not on all seeds: a single one leaves no spread.
+        rests_on: how many trials the first value rests on, where not on all seeds.
     """
     value, resampled_B = float(values_B[0]), values_B[1:]
-    if (rests_on or seeds) < 2 or math.isnan(value) or np.isnan(resampled_B).all():
+    if (rests_on or seeds) < FEWEST or math.isnan(value) or np.isnan(resampled_B).all():
         return Estimate(value, at_least=at_least)
     return Estimate(value, *percentiles(resampled_B, resamples(seeds)[1]), at_least)
 
@@ -486,7 +495,7 @@ def iqm(values: np.ndarray) -> np.ndarray:
 def pooled(samples: Sequence[np.ndarray], statistic: Callable[[np.ndarray], np.ndarray]) -> Estimate:
     """A statistic of the values of several tasks together, each task's (n,) resampled within itself."""
     value = float(statistic(np.concatenate(samples)))
-    if min(map(len, samples)) < 2:
+    if min(map(len, samples)) < FEWEST:
         return Estimate(value)
     if len(samples) == 1:
         index_BN, weight_B = resamples(len(samples[0]))

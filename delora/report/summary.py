@@ -27,6 +27,7 @@ def make(sweep: Path, pictures: Path) -> dict[str, Any]:
         "tables": {
             table.title: [table.columns, *([cell.text for cell in row] for row in table.rows)]
             for table in tables.all_tables(panels)
+            if not table.aside
         },
         "pictures": {path.stem: str(path) for path in curves.draw(panels, pictures, formats=["png"])},
     }

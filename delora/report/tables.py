@@ -7,7 +7,7 @@ import math
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,13 @@ from delora.report import statistics
 from delora.report.statistics import Curve, Estimate, Panel, Robustness
 from delora.report.trials import Collection, Trial, label_order, looks
 from delora.tasks import TASKS
-from delora.terminal import printable
+from delora.terminal import counted, printable
 
 MISSING = "—"
 PAGE_ROWS = 40  # of a LaTeX table
+SOME = 4  # of many that are named
+NOTES = 12  # reasons why trials are left out, and half of all notes, that are told
+BOLD = "Bold: the highest, whether or not a difference is shown."
 METRICS = {
     "accuracy": "accuracy",
     "matthews": "Matthews correlation",
@@ -36,10 +39,15 @@ SPLITS = {
 
 @dataclass(frozen=True)
 class Cell:
-    """What is printed, and the same as numbers: one CSV column for each entry, named by column and key."""
+    """What is printed, and the same as numbers: one CSV column for each entry, named by column and key.
+
+    Attributes:
+        best: printed in bold, as the highest among others.
+    """
 
     text: str
     values: Mapping[str, float] = field(default_factory=dict)
+    best: bool = False
 
     @property
     def sort_key(self) -> float | str:
@@ -52,14 +60,22 @@ EMPTY = Cell(MISSING)
 
 @dataclass
 class Table:
-    """A table with a caption that says how its numbers were made; `rules` are rows above which a line goes."""
+    """A table.
+
+    Attributes:
+        title: its caption, one sentence.
+        notes: how its numbers were made.
+        rules: rows above which a line goes.
+        aside: its numbers cannot be compared with the trials': reports link to it and do not print it.
+    """
 
     name: str
     title: str
-    caption: str
+    notes: str
     columns: list[str]
     rows: list[list[Cell]]
     rules: list[int] = field(default_factory=list)
+    aside: bool = False
 
 
 def all_tables(panels: Sequence[Panel]) -> list[Table]:
@@ -81,16 +97,21 @@ def _groups(panels: Sequence[Panel]) -> list[list[Panel]]:
     return list(groups.values())
 
 
-def _table(kind: str, group: Sequence[Panel], title: str, caption: str, columns: list[str], **content: Any) -> Table:
+def _table(kind: str, group: Sequence[Panel], title: str, notes: str, columns: list[str], **content: Any) -> Table:
     panel = group[0]
     parts = (re.sub(r"[^A-Za-z0-9.]+", "-", part).strip("-") for part in (panel.model, panel.protocol, panel.data))
     name = "-".join((kind, *parts))
     where = f"{panel.model}, {panel.protocol} protocol" + (f", {panel.data} data" if panel.data != "glue" else "")
-    return Table(name, f"{title}: {where}", caption, columns, **content)
+    return Table(name, f"{title}: {where}", notes, columns, **content)
 
 
-def task_name(task: str) -> str:
-    return TASKS[task].folder
+def _mark_best(rows: Sequence[list[Cell]], columns: Iterable[int]) -> None:
+    """Marks the highest cell of each column, and what is printed like it, unless all are."""
+    for column in columns:
+        printed = {i: float(f"{row[column].values['']:.1f}") for i, row in enumerate(rows) if row[column].values}
+        for i, value in printed.items():
+            if value == max(printed.values()) > min(printed.values()):
+                rows[i][column] = replace(rows[i][column], best=True)
 
 
 def _labels(group: Iterable[Panel]) -> list[str]:
@@ -115,14 +136,19 @@ def is_comparable(group: Sequence[Panel]) -> bool:
 def _scores(group: Sequence[Panel]) -> Table:
     """Ours; and where they may be compared, the differences from the published rows, and these."""
     rows = [_our_row(group, label) for label in _labels(group)]
-    rules, caption, title = [], _score_caption(group), "Scores"
+    _mark_best(rows, range(3, len(rows[0])))
+    rules, notes, title = [], _score_notes(group), "Scores"
     if is_comparable(group):
         differences = [row for label in _labels(group) if (row := _difference_row(group, label))]
         rules = [len(rows), len(rows) + len(differences)]
         rows += differences + _published_rows([panel.task for panel in group], " (published)")
-        caption += f" {_versus_published(group)}"
-    columns = ["method", "parameters", "n", *(task_name(panel.task) for panel in group), "average"]
-    return _table("scores", group, title, caption, columns, rows=rows, rules=sorted({*rules} - {len(rows)}))
+        notes += f" {_versus_published(group)}"
+    columns = _score_columns([panel.facts.folder for panel in group])
+    return _table("scores", group, title, notes, columns, rows=rows, rules=sorted({*rules} - {len(rows)}))
+
+
+def _score_columns(tasks: Sequence[str]) -> list[str]:
+    return ["method", "parameters", "n", *tasks, *(["average"] if len(tasks) > 1 else [])]
 
 
 def _our_row(group: Sequence[Panel], label: str) -> list[Cell]:
@@ -131,7 +157,7 @@ def _our_row(group: Sequence[Panel], label: str) -> list[Cell]:
     cells = [_score_cell(curves[panel.task], usual) if panel.task in curves else EMPTY for panel in group]
     counts = sorted({t.result["parameters"]["adapter"] for c in curves.values() for t in c.trials.values()})
     parameters = "–".join(map(millions, dict.fromkeys((counts[0], counts[-1]))))
-    return [Cell(label), Cell(parameters, {"": counts[0]}), Cell(str(usual), {"": usual}), *cells, _average(cells)]
+    return [Cell(label), Cell(parameters, {"": counts[0]}), Cell(str(usual), {"": usual}), *cells, *_average(cells)]
 
 
 def _score_cell(curve: Curve, usual: int) -> Cell:
@@ -159,21 +185,24 @@ def _ladder(group: Sequence[Panel]) -> Table:
             drop = statistics.robustness(there, panel.span, panel.floor).drop if there else None
             cells.append(interval(drop) if drop else EMPTY)
         rows.append([Cell(label), Cell(rung["of"]), Cell(rung["adds"]), Cell(str(usual), {"": usual}), *cells])
-    caption = (
+    _mark_best(rows, range(4, 4 + 2 * len(group), 2))
+    notes = (
         f"ΔW by the DeLoRA paper's Tables 1 and 2, and what it has that its neighbour on the ladder lacks: rungs 1 to "
         f"3 go up from LoRA, 7 to 4 from ETHER+ on one side. Rung 6 has λ/2 as in the paper's Eq. 10. Scores and worst "
-        f"drops, in percent on {group[0].split}, as in the tables of scores and robustness."
+        f"drops, in percent on {group[0].split}, as in the tables of scores and robustness. {BOLD}"
     )
-    tasks = [name for panel in group for name in (task_name(panel.task), f"{task_name(panel.task)} worst drop")]
-    return _table("ladder", group, "The ladder", caption, ["rung", "ΔW", "adds", "n", *tasks], rows=rows)
+    tasks = [name for panel in group for name in (panel.facts.folder, f"{panel.facts.folder} worst drop")]
+    return _table("ladder", group, "The ladder", notes, ["rung", "ΔW", "adds", "n", *tasks], rows=rows)
 
 
-def _average(cells: Sequence[Cell], form: str = ".1f") -> Cell:
-    """The mean of the tasks' means; none where a task is missing."""
+def _average(cells: Sequence[Cell], form: str = ".1f") -> list[Cell]:
+    """A cell with the mean of several tasks' means; empty where a task is missing."""
+    if len(cells) == 1:
+        return []
     if any(cell is EMPTY for cell in cells):
-        return EMPTY
+        return [EMPTY]
     mean = float(np.mean([cell.values[""] for cell in cells]))
-    return Cell(_signed(mean, form), {"": mean})
+    return [Cell(_signed(mean, form), {"": mean})]
 
 
 def _difference_row(group: Sequence[Panel], label: str) -> list[Cell] | None:
@@ -193,7 +222,7 @@ def _difference_row(group: Sequence[Panel], label: str) -> list[Cell] | None:
             continue
         ours, spread = statistics.known(curves[panel.task].best_scores_S), score[1] / 100 if len(score) > 1 else None
         cells.append(interval(statistics.unpaired(ours, score[0] / 100, spread, len(facts["seeds"])), form="+.1f"))
-    return [Cell(f"{label} − published"), Cell(""), Cell(""), *cells, _average(cells, "+.1f")]
+    return [Cell(f"{label} − published"), Cell(""), Cell(""), *cells, *_average(cells, "+.1f")]
 
 
 def _published_rows(tasks: Sequence[str], suffix: str = "") -> list[list[Cell]]:
@@ -208,27 +237,26 @@ def _published_rows(tasks: Sequence[str], suffix: str = "") -> list[list[Cell]]:
         ]  # fmt: skip
         n = len(facts["seeds"]) if any(score and len(score) > 1 for score in scores) else None
         count = Cell(str(n), {"": n}) if n else EMPTY
-        rows.append([Cell(row["name"] + suffix), Cell(row["parameters"]), count, *cells, _average(cells)])
+        rows.append([Cell(row["name"] + suffix), Cell(row["parameters"]), count, *cells, *_average(cells)])
     return rows
 
 
 def _published(tasks: list[str], models: Sequence[str]) -> Table:
     facts = statistics.published()
     own = [row["name"] for row in facts["rows"] if row["source"].startswith("run by")]
-    caption = (
+    notes = (
         f"Published numbers for {facts['encoder']}, from {facts['source']}. Measured with another encoder or on other "
         f"data than trials of this report ({', '.join(models)}): not comparable with those. Metric: {facts['metric']}. "
-        f"Protocol: {facts['said']}. {', '.join(own)} was run by the paper's authors, the other rows are quoted there. "
-        f"The average is over the tasks shown."
+        f"Protocol: {facts['said']}. {', '.join(own)} was run by the paper's authors, the other rows are quoted there."
     )
-    columns = ["method", "parameters", "n", *map(task_name, tasks), "average"]
+    columns = _score_columns([TASKS[task].folder for task in tasks])
     title = f"Published, {facts['encoder']}: another encoder or other data"
-    return Table("published", title, caption, columns, _published_rows(tasks))
+    return Table("published", title, notes, columns, _published_rows(tasks), aside=True)
 
 
-def _score_caption(group: Sequence[Panel]) -> str:
+def _score_notes(group: Sequence[Panel]) -> str:
     trials = [trial for panel in group for trial in panel.trials]
-    metrics = {task_name(panel.task): METRICS[TASKS[panel.task].headline] for panel in group}
+    metrics = {panel.facts.folder: METRICS.get(panel.facts.headline, panel.facts.headline) for panel in group}
     inits = {trial.config["method"]["init"] for trial in trials if "init" in trial.config["method"]}
     heads = sorted({trial.result["parameters"]["head"] for trial in trials})
     data = f"{group[0].data}, not GLUE's" if group[0].synthetic else group[0].data.replace("glue", "GLUE", 1)
@@ -240,7 +268,7 @@ def _score_caption(group: Sequence[Panel]) -> str:
         f"({_listed(trial.seed for trial in trials)}). "
         f"Epochs {_setting(group, 'epochs')}; maximum length {_setting(group, 'max_length')}; "
         f"precision {_setting(group, 'precision')}; init {_listed(inits) if inits else 'each method’s own'}. "
-        f"Parameters: of the adapter; the head's {_listed(heads)} come on top."
+        f"Parameters: of the adapter; the head's {_listed(heads)} come on top. {BOLD}"
     )
     if any(curve.scoreless_FS[curve.best].any() for panel in group for curve in panel.curves):
         text += (
@@ -267,16 +295,16 @@ def _versus_published(group: Sequence[Panel]) -> str:
     return (
         f"Published: {facts['source']}; {facts['said']}. Known to differ here: "
         f"{', '.join(what for what, differs in differing.items() if differs) or 'nothing'}. Differences carry Welch's "
-        f"95 % interval from both standard deviations. The average is over the tasks shown."
+        f"95 % interval from both standard deviations."
     )
 
 
 def _setting(group: Sequence[Panel], key: str) -> str:
-    return _by_task({task_name(p.task): _listed(trial.config[key] for trial in p.trials) for p in group})
+    return _by_task({p.facts.folder: _listed(trial.config[key] for trial in p.trials) for p in group})
 
 
 def _floors(group: Sequence[Panel]) -> str:
-    return ", ".join(f"{task_name(panel.task)} {100 * panel.floor:.1f}" for panel in group)
+    return ", ".join(f"{panel.facts.folder} {100 * panel.floor:.1f}" for panel in group)
 
 
 def _by_task(values: Mapping[str, str]) -> str:
@@ -302,8 +330,9 @@ def _robustness(group: Sequence[Panel]) -> Table:
         rules.append(len(rows))
         for curve in panel.curves:
             rows.append(_robustness_row(panel, curve, numbers[len(rows)], family[len(rows)]))
-    spans = {task_name(p.task): "–".join(map(number, p.span)) if p.span else "none in common" for p in group}
-    caption = (
+        _mark_best(rows[rules[-1] :], [5])
+    spans = {p.facts.folder: "–".join(map(number, p.span)) if p.span else "none in common" for p in group}
+    notes = (
         f"Scores on {group[0].split}, in percent, of the checkpoint that is best on validation; the best rate is the "
         f"one with {_selection(group)}. Tolerated: decades of learning rate around it within 1 point of "
         f"its score; ≥ where the grid ends first. Worst drop: from the best to the lowest mean score. Being a maximum "
@@ -313,11 +342,11 @@ def _robustness(group: Sequence[Panel]) -> Table:
         f"called shown below {_alpha()}. Sensitivity: expected shortfall from the best over log-uniform rates, in "
         f"points, floored at guessing ({_floors(group)}), after Wortsman et al. 2023. Range of factors for both: "
         f"{_by_task(spans)}. Diverged trials, and those whose metric is not defined, count as guessing. Brackets: 95 % "
-        f"bootstrap intervals over seeds{_anew(group)}."
+        f"bootstrap intervals over {statistics.FEWEST} seeds or more{_anew(group)}. {BOLD}"
     )
     columns = ["task", "method", "trials", "diverged", "factors", "best score", "best factor", "best lr"]
     columns += ["tolerated decades", "worst drop", "flat", "p", "p (Holm)", "shown", "sensitivity"]
-    return _table("robustness", group, "Robustness to the learning rate", caption, columns, rows=rows, rules=rules[1:])
+    return _table("robustness", group, "Robustness to the learning rate", notes, columns, rows=rows, rules=rules[1:])
 
 
 def _robustness_row(panel: Panel, curve: Curve, numbers: Robustness, corrected: float) -> list[Cell]:
@@ -326,7 +355,7 @@ def _robustness_row(panel: Panel, curve: Curve, numbers: Robustness, corrected: 
     edge = " (edge of the grid)" if curve.best_is_on_edge else ""
     diverged = sum(trial.diverged for trial in curve.trials.values())
     return [
-        Cell(task_name(panel.task)),
+        Cell(panel.facts.folder),
         Cell(curve.label),
         Cell(str(len(curve.trials)), {"": len(curve.trials)}),
         Cell(str(diverged), {"": diverged}),
@@ -379,21 +408,24 @@ def _medians(group: Sequence[Panel]) -> Table:
     rules: list[int] = []
     for panel in group:
         rules.append(len(rows))
-        rows += [_median_row(task_name(panel.task), c.label, [c.best_scores_S]) for c in panel.curves]
+        rows += [_median_row(panel.facts.folder, c.label, [c.best_scores_S]) for c in panel.curves]
+        _mark_best(rows[rules[-1] :], (3, 5, 6))
     if len(group) > 1:
         rules.append(len(rows))
         for label in _labels(group):
             curves = _curves(group, label)
             if len(curves) == len(group):
                 rows.append(_median_row("all", label, [c.best_scores_S for c in curves.values()]))
-    caption = (
+        _mark_best(rows[rules[-1] :], (3, 5, 6))
+    notes = (
         f"Scores on {group[0].split} at the best rate, in percent. IQM: interquartile mean, without the lowest and "
-        f"highest quarter (rounded down) of the values. Brackets: 95 % bootstrap intervals, seeds resampled within "
-        f"each task. “all” pools the tasks, for methods that have every one."
+        f"highest quarter (rounded down) of the values. Brackets: 95 % bootstrap intervals over "
+        f"{statistics.FEWEST} seeds or more, resampled within each task. “all” pools the tasks, for methods that have "
+        f"every one. {BOLD}"
     )
     columns = ["task", "method", "n", "mean", "std", "median", "IQM"]
     title = "Median and interquartile mean"
-    return _table("medians", group, title, caption, columns, rows=rows, rules=sorted({*rules[1:]} - {len(rows)}))
+    return _table("medians", group, title, notes, columns, rows=rows, rules=sorted({*rules[1:]} - {len(rows)}))
 
 
 def _median_row(task: str, label: str, scores: Sequence[np.ndarray]) -> list[Cell]:
@@ -422,11 +454,11 @@ def _comparisons(group: Sequence[Panel]) -> Table:
                 continue
             more = "more sensitive" if c.what == "sensitivity" else "higher"
             shown = Cell(f"{c.higher} is {more}" if c.higher else "no difference shown")
-            names = [task_name(panel.task), c.what, c.first, c.second]
+            names = [panel.facts.folder, c.what, c.first, c.second]
             difference, n = interval(c.difference, form="+.2f"), Cell(str(c.n), {"": c.n})
             rows.append([*map(Cell, names), difference, _p(c.p), _p(c.corrected), n, shown])
     families = [f"{_tested([c.p for c in compared if c.what == w])} of {w}" for w in {c.what: None for c in compared}]
-    caption = (
+    notes = (
         f"Pairs share the seed, and with it split, data order and head. Score on {group[0].split} at each method's "
         f"best rate; sensitivity as in the table of robustness; both in points. Brackets: Student's 95 % interval of "
         f"the paired difference, for this pair alone; p of the paired t-test. All comparisons of one number in this "
@@ -434,12 +466,12 @@ def _comparisons(group: Sequence[Panel]) -> Table:
         f"shown only where the corrected p is below {_alpha()}."
     )
     if any(len(panel.curves) > statistics.ALL_PAIRS for panel in group):
-        caption += (
+        notes += (
             f" Of more than {statistics.ALL_PAIRS} methods each is compared with the one that is best on validation."
         )
     columns = ["task", "of", "first", "second", "first − second", "p", "p (Holm)", "n", "shown"]
     rules = sorted({*rules[1:]} - {0, len(rows)})
-    return _table("comparisons", group, "Paired comparisons", caption, columns, rows=rows, rules=rules)
+    return _table("comparisons", group, "Paired comparisons", notes, columns, rows=rows, rules=rules)
 
 
 # --- What else a reader must know
@@ -450,48 +482,58 @@ def notes(found: Collection, panels: Sequence[Panel]) -> list[str]:
     reasons = defaultdict(list)
     for path, reason in found.left_out:
         reasons[reason].append(str(path))
-    said = []
-    for reason, paths in reasons.items():
-        more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
-        said.append(printable(f"left out: {', '.join(paths[:3])}{more}: {reason}"))
-    origins = [(trial.task, trial.result["made_by"]["data"]) for trial in found.trials]
+    said = [printable(f"left out: {some(paths)}: {reason}") for reason, paths in reasons.items()]
+    said = said[:NOTES] + ([f"and more for {len(said) - NOTES} other reasons"] if len(said) > NOTES else [])
+    origins = [(trial.facts.folder, trial.result["made_by"]["data"]) for trial in found.trials]
     unknown = {task: None for task, data in origins if data.get("published", True) is None}
     if unknown:
-        named = ", ".join(map(task_name, unknown))
+        named = ", ".join(unknown)
         said.append(f"{named}: rows that are as many as GLUE's; the hash of the published ones is not known")
     for panel in panels:
-        where = f"{task_name(panel.task)}, {panel.model}"
-        said += [f"{where}: {note}" for curve in (*panel.curves, *panel.heads) for note in _doubts(curve)]
-        for key, values in _differing(panel).items():
-            said.append(f"{where}: methods differ in {key}: {values}")
-    return said
+        where = f"{panel.facts.folder}, {panel.model}"
+        said += [f"{where}: {note}" for note in _doubts([*panel.curves, *panel.heads])]
+        said += [f"{where}: methods differ in {key}: {values}" for key, values in _differing(panel).items()]
+    return said[: 2 * NOTES] + ([f"and {len(said) - 2 * NOTES} more notes"] if len(said) > 2 * NOTES else [])
 
 
-def _doubts(curve: Curve) -> list[str]:
-    said = []
-    if curve.best_is_on_edge:
-        way = "lower" if curve.best == 0 else "higher"
-        best = f"{number(curve.rates_F[curve.best])} (factor {number(curve.factors_F[curve.best])})"
-        said.append(f"the best rate of {curve.label}, {best}, is the edge of its grid: try {way} rates")
-    if not curve.fullest_F.all():
-        few = ", ".join(map(number, curve.factors_F[~curve.fullest_F]))
-        said.append(f"{curve.label} has fewer trials at factor {few} than elsewhere")
-    undefined = sum(math.isnan(trial.score) and not trial.diverged for trial in curve.trials.values())
-    if undefined:
-        trials = "1 trial" if undefined == 1 else f"{undefined} trials"
-        said.append(f"{trials} of {curve.label} without a defined score (constant predictions): counted as guessing")
-    return said
+def some(texts: Sequence[str], comma: str = ", ") -> str:
+    """The first of the texts, and how many more there are."""
+    more = len(texts) - SOME
+    return comma.join(texts) if more <= 1 else f"{comma.join(texts[:SOME])} and {more} more"
+
+
+def _doubts(curves: Sequence[Curve]) -> list[str]:
+    """One for each kind, which names the methods that it is of."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for curve in curves:
+        if curve.best_is_on_edge:
+            way = "lower" if curve.best == 0 else "higher"
+            best = f"{number(curve.rates_F[curve.best])} (factor {number(curve.factors_F[curve.best])})"
+            found[f"the best rate is the edge of its grid, try {way} rates"].append(f"{curve.label} at {best}")
+        if not curve.fullest_F.all():
+            few = ", ".join(map(number, curve.factors_F[~curve.fullest_F]))
+            found["fewer trials than at other factors"].append(f"{curve.label} at {few}")
+        undefined = sum(math.isnan(trial.score) and not trial.diverged for trial in curve.trials.values())
+        if undefined:
+            without = "no defined score (constant predictions), counted as guessing"
+            found[without].append(f"{counted(undefined, 'trial')} of {curve.label}")
+    return [f"{what}: {some(labels)}" for what, labels in found.items()]
 
 
 def _differing(panel: Panel) -> dict[str, str]:
-    """Settings that are no option of a method, and yet not the same for all: key, and each method's value."""
+    """Settings that are no option of a method, and yet not the same for all: key, and the methods of each value."""
     methods: dict[str, Trial] = {curve.label: curve.trials_at(0)[0] for curve in panel.curves}
     keys = dict.fromkeys(key for trial in methods.values() for key in trial.settings)
     made = {}
     for key in keys:
-        values = {label: show(trial.settings.get(key, "unset")) for label, trial in methods.items()}
-        if len({*values.values()}) > 1 and not key.startswith("method.") and key != "weight_decay":
-            made[key] = ", ".join(f"{value} ({label})" for label, value in values.items())
+        labels: dict[str, list[str]] = defaultdict(list)
+        for label, trial in methods.items():
+            labels[show(trial.settings.get(key, "unset"))].append(label)
+        if len(labels) > 1 and not key.startswith("method.") and key != "weight_decay":
+            few = len(methods) <= SOME  # the labels of more tell what differs
+            named = [", ".join(having) if few else counted(len(having), "method") for having in labels.values()]
+            each = [f"{value} ({having})" for value, having in zip(labels, named, strict=True)]
+            made[key] = ", ".join(each) if len(each) <= SOME else f"{len(each)} values"
     return made
 
 
@@ -533,8 +575,11 @@ def is_text(table: Table, column: int) -> bool:
 
 
 def markdown(table: Table) -> str:
-    """A pipe table below its title, above its caption; its columns are aligned for reading as plain text."""
-    lines = [table.columns, *([cell.text.replace("|", "\\|") for cell in row] for row in table.rows)]
+    """A pipe table below its title, above its notes; its columns are aligned for reading as plain text."""
+    lines = [
+        table.columns,
+        *([_bold(cell, cell.text.replace("|", "\\|"), "**{}**") for cell in row] for row in table.rows),
+    ]
     widths = [max(3, *map(len, column)) for column in zip(*lines, strict=True)]
     aligns = [str.ljust if is_text(table, i) else str.rjust for i in range(len(widths))]
     rules = [
@@ -543,11 +588,15 @@ def markdown(table: Table) -> str:
     ]
     padded = [[align(text, width) for text, width, align in zip(line, widths, aligns, strict=True)] for line in lines]
     body = "".join(f"| {' | '.join(line)} |\n" for line in [padded[0], rules, *padded[1:]])
-    return f"### {table.title}\n\n{body}\n{table.caption}\n"
+    return f"### {table.title}\n\n{body}\n{table.notes}\n"
+
+
+def _bold(cell: Cell, text: str, form: str) -> str:
+    return form.format(text) if cell.best else text
 
 
 def latex(table: Table) -> str:
-    """Table environments for the packages booktabs and graphicx: one, or for many rows several that each fit a page."""
+    """Table environments, the notes below the first: one, or for many rows several that each fit a page."""
     parts = [[0, 0]]  # the first row of each part, and the one behind its last
     for start, end in itertools.pairwise([0, *table.rules, len(table.rows)]):
         if parts[-1][1] and end - parts[-1][0] > PAGE_ROWS:
@@ -558,11 +607,11 @@ def latex(table: Table) -> str:
 
 def _latex_part(table: Table, start: int, end: int) -> str:
     align = "".join("l" if is_text(table, i) else "r" for i in range(len(table.columns)))
-    caption = f"{table.title} (continued)." if start else f"{table.title}. {table.caption}"
     lines = [
+        r"% needs \usepackage{booktabs} and \usepackage{graphicx}",
         r"\begin{table}",
         r"\centering",
-        rf"\caption{{{_tex(caption)}}}",
+        rf"\caption{{{_tex(table.title)}{' (continued)' if start else ''}.}}",
         *([] if start else [rf"\label{{tab:{table.name}}}"]),
         r"\medskip",
         r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{%",
@@ -573,15 +622,20 @@ def _latex_part(table: Table, start: int, end: int) -> str:
     ]
     for i, row in enumerate(table.rows[start:end], start):
         lines += [r"\midrule"] if i in table.rules and i > start else []
-        lines.append(" & ".join(_tex(cell.text) for cell in row) + r" \\")
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}}", r"\end{table}"]) + "\n"
+        lines.append(" & ".join(_bold(cell, _tex(cell.text), r"\textbf{{{}}}") for cell in row) + r" \\")
+    lines += [r"\bottomrule", r"\end{tabular}}"]
+    if not start:
+        lines += [r"\par\medskip", rf"\parbox{{\linewidth}}{{\footnotesize {_tex(table.notes)}}}"]
+    return "\n".join([*lines, r"\end{table}"]) + "\n"
 
 
 TEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "≥": r"$\geq$", "−": "$-$", "λ": r"$\lambda$",
     "—": "---", "–": "--", "“": "``", "”": "''", "’": "'", "<": r"\textless{}", ">": r"\textgreater{}",
-    "[": "{[}", "]": "{]}",
+    "[": "{[}", "]": "{]}", "‖": r"$\Vert$", "′": r"$'$", "×": r"$\times$", "·": r"$\cdot$", "Δ": r"$\Delta$",
+    "Ξ": r"$\Xi$", "Φ": r"$\Phi$", "ᵀ": r"$^{T}$", "ᵢ": r"$_{i}$", "Θ": r"$\Theta$",
+    "Σ": r"$\Sigma$",
 }  # fmt: skip
 
 
@@ -591,10 +645,10 @@ def _tex(text: str) -> str:
 
 
 def to_csv(table: Table) -> str:
-    """Numbers in full, a column for each of a cell's values; the first line, a `#` comment, holds the caption."""
+    """Numbers in full, a column for each of a cell's values; the first line, a `#` comment, holds title and notes."""
     keys = [list(dict.fromkeys(k for row in table.rows for k in row[i].values)) for i in range(len(table.columns))]
     lines = io.StringIO()
-    lines.write(f"# {table.title}. {table.caption}\n")
+    lines.write(f"# {table.title}. {table.notes}\n")
     writer = csv.writer(lines, lineterminator="\n")
     writer.writerow([f"{c} {k}".strip() for c, ks in zip(table.columns, keys, strict=True) for k in ks or [""]])
     for row in table.rows:
@@ -616,8 +670,10 @@ FORMS: dict[str, tuple[str, Callable[[Table], str]]] = {
 
 
 def write(tables: Sequence[Table], folder: Path) -> list[Path]:
-    """Writes tables.md and tables.tex with all tables, and a CSV for each; returns the files."""
-    texts = {f"tables.{suffix}": "\n".join(map(form, tables)) for suffix, form in (FORMS["markdown"], FORMS["latex"])}
+    """Writes tables.md and tables.tex with all tables but those aside, and a CSV for each; returns the files."""
+    printed = [table for table in tables if not table.aside]
+    texts = {f"tables.{suffix}": "\n".join(map(form, printed)) for suffix, form in (FORMS["markdown"], FORMS["latex"])}
+    texts["tables.md"] += "".join(f"\n[{t.title}]({t.name}.csv)\n" for t in tables if t.aside)
     for table in tables:
         again = sum(other.name == table.name for other in tables[: tables.index(table)])  # of another's, spelled alike
         texts[f"{table.name}{f'-{again + 1}' if again else ''}.csv"] = to_csv(table)

@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 import yaml
 
-from delora import storage
+from delora import storage, tasks
 from delora.cli import conf_folder
 from delora.config import NOT_THE_TRIAL, look_up, show
 from delora.encoders import matches
 from delora.errors import UserError
-from delora.tasks import TASKS
+from delora.tasks import Task
 from delora.terminal import printable
 
 FACTOR_ON = {"adapter": "factor on BA", "lambda": "factor on λ"}
@@ -110,6 +110,10 @@ class Trial:
         return self.result["config"]
 
     @property
+    def facts(self) -> Task:
+        return tasks.of(self.config["task"])
+
+    @property
     def synthetic(self) -> bool:
         """Whether its data were generated."""
         return self.config["data"]["name"] == "synthetic"
@@ -191,7 +195,7 @@ def _trial(stored: storage.StoredTrial, evaluations: Sequence[storage.Evaluation
     result: storage.Result = _printable(stored.result)
     config = result["config"]
     task, headline, protocol = _get(config, "task.name", str), result["headline"], _get(config, "protocol.name", str)
-    if task not in TASKS or headline != TASKS[task].headline:
+    if headline != _headline(config):
         raise ValueError(f"task {task!r} scored by {headline!r} is not known")
     for key, kind in PRINTED.items():
         _get(config, key, kind)
@@ -236,6 +240,14 @@ def _trial(stored: storage.StoredTrial, evaluations: Sequence[storage.Evaluation
             if not any(key == part or key.startswith(f"{part}.") for part in (*PLACE, *NOT_THE_TRIAL))
         },
     )
+
+
+def _headline(config: Mapping[str, Any]) -> str | None:
+    """The metric that a config's task is scored by; None where it says no task."""
+    try:
+        return tasks.of(config["task"]).headline
+    except (LookupError, TypeError):
+        return None
 
 
 def _printable(value: Any) -> Any:
@@ -359,5 +371,5 @@ def _leave_out_repeats(made: Collection) -> None:
     for trial in made.trials:
         first = kept.setdefault((trial.place, trial.label, trial.factor, trial.seed), trial)
         if first is not trial:
-            made.left_out.append((trial.folder, f"the same trial as {first.folder}"))
+            made.left_out.append((trial.folder, f"the same trial is in {first.folder.parent}"))
     made.trials = list(kept.values())

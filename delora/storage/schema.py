@@ -59,8 +59,11 @@ class Origin(TypedDict):
 
 
 class DataOrigin(Origin):
-    """`published`: whether the rows are GLUE's published ones, null where that is not known. `guessing`: the headline
-    score of always guessing the same. Both are absent in old results."""
+    """`published`: whether the rows are GLUE's published ones, null where that is not known.
+
+    `guessing`: what always guessing the same scores on the validation rows by the headline metric, a fraction. Both are
+    absent in old results.
+    """
 
     published: NotRequired[bool | None]
     guessing: NotRequired[float]
