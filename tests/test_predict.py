@@ -17,7 +17,7 @@ import pandas
 import pytest
 import torch
 import transformers
-from conftest import FEW, OFFLINE, SMALL, compose_trial
+from conftest import FEW, METHODS, OFFLINE, SMALL, compose_trial
 
 import delora
 from delora import data, pretrained, storage
@@ -98,6 +98,17 @@ def test_predictions_are_those_of_a_pipeline_on_real_texts(shared):
         expected = [by_name[name] for name in ("entailment", "not_entailment")]
         np.testing.assert_allclose(made.probabilities[row], expected, rtol=0, atol=1e-5)
         assert made.labels[row] == theirs[0]["label"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_all_of_a_model_goes_to_another_device(method):
+    trial = compose_trial(*SMALL, f"method={method}")
+    encoder = pretrained.load(trial.model, trial.task.facts)
+    model = Fleet(encoder.model, [trial], torch.device("cpu"), encoder.lacking).to("meta")
+    held = [vars(module) for module in model.modules()]
+    held += [values[kind] for values in held for kind in ("_parameters", "_buffers")]
+    left = [name for values in held for name, t in values.items() if isinstance(t, torch.Tensor) and not t.is_meta]
+    assert not left and model.device.type == "meta"
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
