@@ -72,7 +72,7 @@ class Best:
         told += [f"{value:.4f} on test"] if (value := test.get(self.metric)) is not None else []
         again, load = shlex.quote(str(self.folder)), json.dumps(str(self.folder), ensure_ascii=False)
         lines = [
-            f"best {config['task']['name']}: {config['method']['name']}, {', '.join(told)}",
+            f"best {look_up(config, 'task.name')}: {look_up(config, 'method.name')}, {', '.join(told)}",
             f"  folder      {self.folder}",
             f"  made again  delora-run --again {again}",
             f"  loaded      delora.load({load})",
@@ -220,19 +220,16 @@ def _score(trial: StoredTrial, metric: str) -> float | None:
 
 def _contender(several: Sequence[StoredTrial], by: str) -> Best | None:
     """What would be taken of the trials of one config."""
-    by_seed: dict[Any, StoredTrial] = {}
+    by_seed: dict[str, StoredTrial] = {}
     for trial in several:
-        by_seed.setdefault(trial.result["config"].get("seed"), trial)
+        by_seed.setdefault(str(trial.result["config"].get("seed")).rjust(12), trial)  # sorts as the number does
     headline = several[0].result["headline"]
     metric = headline if by == "validation" else by
     for trial in by_seed.values():
         known = [name for name in (trial.result["best"] or {"validation": ()})["validation"] if name != "loss"]
         if trial.result["status"] == "done" and metric not in known:
             raise UserError(printable(f"{trial.folder}: by={by}: {expected(by, ['validation', *known])}"))
-    done = sorted(
-        (trial for trial in by_seed.values() if _score(trial, metric) is not None),
-        key=lambda trial: trial.result["config"].get("seed", 0),
-    )
+    done = [trial for _, trial in sorted(by_seed.items()) if _score(trial, metric) is not None]
     if not done:
         return None
     top = max(done, key=lambda trial: _score(trial, metric) or 0.0)  # the lowest seed of equals

@@ -14,7 +14,7 @@ import importlib
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +59,14 @@ class Method(nn.Module, ABC):
     def strength(self) -> Tensor | None:
         """λ of each trial (K,), for methods that have one."""
         return None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Options that differ between trials are tensors and no buffers: they go along to another device."""
+        super()._apply(fn, recurse)
+        for name, value in list(vars(self).items()):
+            if isinstance(value, Tensor):
+                setattr(self, name, fn(value))
+        return self
 
 
 class LinearMethod(Method):

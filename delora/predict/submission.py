@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from delora import storage, winner
+from delora.config import Trial, look_up
 from delora.errors import UserError
 from delora.predict import Predictions, files, mean
 from delora.storage import StoredTrial
@@ -74,13 +75,15 @@ def make(folders: Sequence[Path], glue: Path, predict: Predict, say: Callable[[s
     best: dict[str, winner.Best] = {}
     faults = []
     for trial in winner.choose(trial for folder in folders for trial in _trials(folder)):
-        task = trial.result["config"]["task"]["name"]
+        task = str(look_up(trial.result["config"], "task.name"))
         if task in best:
             faults.append(f"{task}: {best[task].folder} and {trial.folder} are of several protocols or data: name one")
         elif task in {test.task for test in TESTS}:
             best[task] = trial
     if not best:
         raise UserError(printable(f"{', '.join(map(str, folders))}: no trial of a task of GLUE is done"))
+    for one in best.values():
+        Trial.from_config(one.result["config"])  # of a stranger's folder
     rows: dict[str, list[tuple[int, tuple[str, ...]]]] = {}
     for test in TESTS:
         if test.task in best:
