@@ -266,10 +266,10 @@ def name_rows(predictions: dict[str, torch.Tensor], trial: int, data: Data, sha2
     Args:
         sha256: of the rows of each split, as `row_sha256`.
     """
-    parts = {"validation": data.validation_KS[trial]}
+    known = {"validation": (data.validation, "validation", data.validation_KS[trial])}
     if data.test_KS is not None:
-        parts["test"] = data.test_KS[trial]
-    known = {name: (data.validation, "validation", row_S) for name, row_S in parts.items()}
+        of = (data.validation, "validation") if data.test is None else (data.test, "test")
+        known["test"] = *of, data.test_KS[trial]
     if data.mismatched is not None:
         known["mismatched"] = data.mismatched, "validation_mismatched", torch.arange(len(data.mismatched))
     for name, (tokens, split, row_S) in known.items():

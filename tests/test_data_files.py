@@ -372,6 +372,9 @@ def test_task_and_method_of_one_s_own_live_in_folders_of_one_s_own(tmp_path):
     found = {trial.result["config"]["method"]["name"]: trial for trial in storage.find(tmp_path / "outputs").trials}
     assert found.keys() == {"twice", "lora"}
     best = found["twice"].result["best"]
+    predicted = delora.predictions(found["twice"].folder).query("split == 'test'")
+    assert predicted["row"].tolist() == list(range(40)) and predicted["label"].tolist() == [label for _, label in ROWS]
+    assert best["test"]["accuracy"] == (predicted["label"] == predicted["prediction"]).mean()
     assert set(best["test"]) == {"macro_f1", "accuracy"} and set(best["validation"]) >= {"macro_f1", "loss"}
     assert found["twice"].result["config"]["task"] == {
         "name": "films",
