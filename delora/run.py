@@ -453,9 +453,7 @@ class Recorder:
         self.folders = going
         for k, (trial, folder) in enumerate(zip(self.trials, going, strict=True)):
             if folder is not None:
-                self.trackers[k] = self.tracking.start(
-                    trial.id, trial.resolved(), folder.path, group=trial.sweep, ignore=NOT_THE_TRIAL
-                )
+                self.trackers[k] = begin_tracking(self.tracking, trial, folder)
                 self._write(k, functools.partial(self._begin, k, logs[k] if logs else None))
         return True
 
@@ -508,7 +506,7 @@ class Recorder:
         if not self._write(trial, write):
             return False
         if tracker := self.trackers[trial]:
-            tracker.finish(outcome.status, {"best": result["best"], "last": result["last"]})
+            tracker.finish(outcome.status, _summary(result))
         return True
 
     def _record(self, trial: int, line: Mapping[str, Any]) -> None:
@@ -537,14 +535,26 @@ def stand_for(trained: storage.StoredTrial, trial: Trial, folder: TrialFolder, t
         ResultsError: a file of the trained one is damaged, or the folder cannot be written.
     """
     folder.copy(trained)
-    tracker = tracking.start(trial.id, trial.resolved(), folder.path, group=trial.sweep, ignore=NOT_THE_TRIAL)
+    tracker = begin_tracking(tracking, trial, folder)
     for line in trained.content(storage.METRICS).splitlines():
         _track(tracker, json.loads(line))
     own = {"schema": storage.SCHEMA, "id": trial.id, "sweep": trial.sweep, "config": trial.resolved()}
     result = cast(Result, {**storage.without_hashes(trained.result), **own, "trained_as": trained.result["id"]})
     folder.finish(result)
-    tracker.finish(result["status"], {"best": result["best"], "last": result["last"]})
+    tracker.finish(result["status"], _summary(result))
     return result
+
+
+def begin_tracking(tracking: Tracking, trial: Trial, folder: TrialFolder) -> Tracker:
+    """Begins a trial's wandb run, with the tags by which runs are found."""
+    tags = [trial.task.name, trial.method.name, trial.model.name]
+    return tracking.start(trial.id, trial.resolved(), folder.path, group=trial.sweep, ignore=NOT_THE_TRIAL, tags=tags)
+
+
+def _summary(result: Result) -> dict[str, Any]:
+    """What a wandb run's summary holds beside its status: scores, sizes, seconds, and the versions that made them."""
+    kept = ("best", "last", "parameters", "seconds", "tokens", "fleet_size", "made_by")
+    return {key: value for key, value in result.items() if key in kept}
 
 
 def _track(tracker: Tracker | None, line: Mapping[str, Any]) -> None:

@@ -357,7 +357,7 @@ class Sweep:
             except Exception as error:
                 logger.warning("no summary of %s in wandb: %s (results are not affected)", root, error)
                 continue
-            tracker = self.tracking.start(f"{name}-summary", {}, root, group=name)
+            tracker = self.tracking.start(f"{name}-summary", {}, root, group=name, job_type="report")
             tracker.show(content)
             tracker.finish("done", {})
 

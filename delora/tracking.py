@@ -27,6 +27,7 @@ from typing import IO, Any, Self
 
 QUEUE_LINES = 100_000
 ID_CHARACTERS = 96  # wandb allows 128
+TAG_CHARACTERS = 64  # as many as wandb allows
 
 logger = logging.getLogger(__name__)
 
@@ -73,6 +74,8 @@ class Tracking:
         folder: Path | str,
         group: str | None = None,
         ignore: Collection[str] = (),
+        job_type: str = "train",
+        tags: Collection[str] = (),
     ) -> "Tracker":
         """Begins a trial's run; its files go below `folder`, or below WANDB_DIR where that is set.
 
@@ -93,6 +96,8 @@ class Tracking:
                 "name": trial_id,
                 "group": group,
                 "config": config,
+                "job_type": job_type,
+                "tags": [tag[:TAG_CHARACTERS] for tag in dict.fromkeys(tags)],
                 "dir": own or str(Path(folder).absolute()),
             }
         )
@@ -261,17 +266,18 @@ class Worker:
         self.runs: dict[str, Any] = {}
         self.unreachable = False
 
-    def start(self, run: str, name: str, group: str | None, config: dict[str, Any], dir: str) -> None:
+    def start(self, run: str, dir: str, **about: Any) -> None:
+        name = about["name"]
         self.finish(run, failed=True, summary={})  # of an earlier attempt at the same trial
         earlier = list(Path(dir, "wandb").glob(f"offline-run-*-{run}*"))
-        started = self._try(run, self.mode, name=name, group=group, config=config, dir=dir)
+        started = self._try(run, self.mode, dir=dir, **about)
         if started is None:
             self.mode = "offline"
             # wandb's service never lets go of the id of a run that failed to start; a new service can use it
             if not self.runs:
                 self._teardown()
             id = f"{run}-offline" if self.runs else run
-            started = self._try(id, "offline", name=name, group=group, config=config, dir=dir)
+            started = self._try(id, "offline", dir=dir, **about)
         if started is None:
             return
         self.runs[run] = started

@@ -76,6 +76,16 @@ def test_the_wheel_holds_code_and_every_config(delora_run, tmp_path):
     assert ours == theirs
 
 
+def test_table4_is_a_command_of_the_wheel(delora_run, tmp_path):
+    words = ["--tasks", "rte", "--model", "tiny", "data=synthetic", "data.rows.train=32", "data.rows.validation=40"]
+    words += ["seed=42", "epochs=1", "max_length=64", "logger=none", "device=cpu"]
+    answer = command(delora_run.with_name("delora-table4"), *words, cwd=tmp_path)
+    assert answer.returncode == 0, answer.stderr
+    assert "| DeLoRA | RTE | 0.01 | 1 | 32 | published |" in re.sub(" +", " ", answer.stdout)
+    assert [path.name for path in tmp_path.iterdir()] == ["outputs"]
+    assert (tmp_path / "outputs" / "table4" / "tiny" / "report" / "hyperparameters.md").exists()
+
+
 @pytest.mark.parametrize("flags", [["--help"], ["--cfg", "job"], ["--cfg", "job", "--resolve"]], ids=" ".join)
 def test_answers_about_configs_are_quick_and_import_nothing_heavy(delora_run, tmp_path, flags):
     seconds = []

@@ -23,7 +23,7 @@ TASKS = list(statistics.published()["rows"][0]["scores"])
 
 
 def table4(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    line = [sys.executable, str(ROOT / "scripts" / "table4.py"), *arguments]
+    line = [sys.executable, "-m", "delora.table4", *arguments]
     return subprocess.run(line, cwd=cwd, env=os.environ | OFFLINE, capture_output=True, text=True, timeout=240)
 
 
@@ -75,7 +75,7 @@ def test_a_row_s_rate_is_chosen_by_the_first_seed_on_validation(tmp_path):
     assert "published" in rows["RED", "RTE"] and "rate chosen here, at an end of the grid" in rows["LoRA", "RTE"]
     assert (tmp_path / "outputs" / "table4" / "tiny" / "report" / "hyperparameters.md").read_text() in made.stdout
     planned = table4(*words, "--plan", "name=other", cwd=tmp_path)
-    assert "and 1 with the seeds 43, at the best rates" in planned.stdout
+    assert "and 1 with the seed 43, at the best rates" in planned.stdout
 
 
 def test_the_ladder_is_one_command_with_a_table_of_its_own(tmp_path):

@@ -1,5 +1,6 @@
 """With wandb itself and its real service process; only the server, where there is one, is the tests' own."""
 
+import functools
 import json
 import logging
 import os
@@ -77,6 +78,7 @@ class Run:
 
         if record.HasField("run"):
             self.id, self.name, self.group = record.run.run_id, record.run.display_name, record.run.run_group
+            self.tags, self.job_type = set(record.run.tags), record.run.job_type
             self.config |= values(record.run.config.update)
         elif record.HasField("history"):
             self.history.append(values(record.history.item))
@@ -465,6 +467,7 @@ def test_a_sweeps_summary_run_shows_the_curves_of_the_results_on_disk(tmp_path):
     sweep = tmp_path / "outputs" / "s"
     run = Run(sweep, "*summary*")
     assert run.group == "s" and run.exit_code == 0 and run.summary["status"] == "done"
+    assert run.job_type == "report"
     (shown,) = run.history
 
     def table(key: str) -> dict:
@@ -472,13 +475,22 @@ def test_a_sweeps_summary_run_shows_the_curves_of_the_results_on_disk(tmp_path):
 
     results = [json.loads(path.read_text()) for path in sweep.glob("*/result.json")]
     assert len(results) == 8
+    for result in results:  # each has a run, also those that are the same training as another
+        of_trial = Run(sweep / result["id"])
+        assert (of_trial.tags, of_trial.job_type) == ({"mrpc", result["config"]["method"]["name"], "tiny"}, "train")
+        told = [f"{part}/{key}" for part in ("parameters", "seconds") for key in result[part]]
+        assert [of_trial.summary[key] for key in told] == [
+            functools.reduce(dict.get, key.split("/"), result) for key in told
+        ]
+        versions = ("delora", "torch", "transformers", "python")
+        assert all(of_trial.summary[f"made_by/{name}"] == result["made_by"][name] for name in versions)
     scores: dict[tuple, list[float]] = {}
     for result in results:
         rate = result["config"]["lr_factor"] if result["config"]["method"]["name"] == "lora" else None
         scores.setdefault((result["config"]["method"]["name"], rate), []).append(
             100 * result["best"]["test"]["accuracy"]
         )
-    lines = table("curves/score by factor, MRPC_table")
+    lines = table("curves/score by factor, MRPC, tiny, synthetic data_table")
     assert lines["columns"] == ["step", "lineKey", "lineVal"]
     drawn = {(name, step): value for step, name, value in lines["data"]}
     for factor in (1, 4):  # its logarithm to base 2 is drawn

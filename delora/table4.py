@@ -1,4 +1,4 @@
-"""Trains rows of the paper's Table 4 for each task and seed as fleets, goes on where it was, and prints the table."""
+"""The command `delora-table4`: rows of the paper's Table 4, each task and seed trained in fleets, and their table."""
 
 import argparse
 import itertools
@@ -10,9 +10,10 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from delora import cli, storage
+from delora import cli, storage, terminal
 from delora.cli import conf_folder
 from delora.config import expected
+from delora.errors import UserError
 from delora.report import statistics, tables, trials
 from delora.report.cli import main as report
 from delora.report.statistics import Panel
@@ -24,20 +25,31 @@ published, take batch size and epochs of DeLoRA's and the rate that is best on t
 those of conf/experiment/tuned/rates.yaml. Results go to outputs/table4/MODEL, the report to report/ in there.
 The same command again trains only what is missing."""
 EXAMPLES = """examples:
-  scripts/table4 --plan                                      trials, memory and time; trains nothing
-  scripts/table4 --methods all --tasks mrpc,rte --model minilm data.dir=FOLDER
-  scripts/table4 --tasks rte seed=42 epochs=1 name=short     any words of delora-run
+  delora-table4 --plan                                       trials, memory and time; trains nothing
+  delora-table4 --methods all --tasks mrpc,rte --model minilm data.dir=FOLDER
+  delora-table4 --tasks rte seed=42 epochs=1 name=short     any words of delora-run
 """
 PUBLISHED = {"delora": "table4", "red": "red"}  # rows with published hyperparameters, and their experiments
 
 
 def main() -> int:
     """Runs the command; returns its exit status."""
+    terminal.prepare()
+    try:
+        return _run()
+    except UserError as error:
+        print(f"delora-table4: error: {terminal.printable(str(error))}", file=sys.stderr)
+        return error.status
+    except KeyboardInterrupt:
+        return cli.INTERRUPTED
+
+
+def _run() -> int:
     published = statistics.published()
     tasks = list(published["rows"][0]["scores"])
     methods = [row["match"]["name"] for row in published["rows"]]
     parser = argparse.ArgumentParser(
-        "scripts/table4",
+        "delora-table4",
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -81,7 +93,9 @@ def main() -> int:
             return status
         if options.plan and others:
             count = len(others) * len(tuned) * len(chosen)
-            print(f"and {count} with the seeds {', '.join(others)}, at the best rates")
+            print(
+                f"and {count} with the {'seed' if len(others) == 1 else 'seeds'} {', '.join(others)}, at the best rates"
+            )
         best = best_factors(folder, tuned, chosen) if others and not options.plan else {}
         for (method, factor), its_tasks in best.items():
             choice = {"method": method, "seed": ",".join(others), "lr_factor": f"{factor:g}"}
