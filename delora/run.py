@@ -30,8 +30,9 @@ from delora.data import Dataset, Rows
 from delora.data.batches import Tokens
 from delora.data.splits import paper_split
 from delora.errors import UserError
+from delora.export import peft_folder
 from delora.methods.base import Method
-from delora.missing import missing_encoder, start_of, start_sha256
+from delora.missing import is_peft, missing_encoder, start_of, start_sha256
 from delora.model import DTYPES, Fleet, check_unknown
 from delora.results import Extent, Result, ResultsError, TrialFolder
 from delora.tasks import Task
@@ -88,7 +89,7 @@ def run_fleet(
             "recorded": fleet.recorded,
         },
         data={"source": dataset.source, "sha256": dataset.sha256, "published": dataset.published},
-        weights={"source": encoder.source, "sha256": encoder.sha256, "revision": encoder.revision},
+        weights=encoder.origin,
         start=start,
     )
     origin = {"data": dataset.sha256, "weights": encoder.sha256, "precision": config.precision}
@@ -119,6 +120,8 @@ def begin(fleet: Fleet, encoder: pretrained.Pretrained) -> results.Origin:
         UserError: as `delora.missing.start_of`, or it was trained on other weights.
     """
     trial = fleet.trials[0]
+    if is_peft(Path(str(trial.method.start)).expanduser()):
+        return peft_folder.begin(fleet, peft_folder.start_of(trial))
     stored = start_of(trial)
     made_with = stored.result["made_by"]["weights"]["sha256"]
     if made_with != encoder.sha256:
@@ -540,19 +543,25 @@ def _result(
     return cast(Result, result)  # checked when it is written
 
 
-def load(folder: str | Path, methods: Sequence[type[Method]] = ()) -> Fleet:
+def load(folder: str | Path, methods: Sequence[type[Method]] = (), base: str | Path | None = None) -> Fleet:
     """The model of a finished trial, in evaluation mode: `load(folder)(**inputs).logits`, inputs (B, T).
 
-    Its `tokenizer` is the encoder's; `merge()` gives a plain transformers model. The folder may be a stranger's: no
-    code is run that it names, but that of delora and of `methods`.
+    Its `tokenizer` is the encoder's; `merge()` gives a plain transformers model, `save()` writes one, or an adapter of
+    PEFT's. The folder may be a stranger's: no code is run that it names, but that of delora and of `methods`. It may
+    also hold an adapter that PEFT saved, see `delora.export.peft_folder.load`.
 
     Args:
         methods: classes outside of `delora.methods` that the trial may have been trained with.
+        base: of an adapter that PEFT saved, its encoder: a folder, an id on the hub, or an option of `model=`.
 
     Raises:
         UserError: the folder holds no finished trial, its files are not those it ended with, it names a method or a
             package that is not known, or the encoder is not the one it was trained on.
     """
+    if is_peft(Path(folder)):
+        return peft_folder.load(Path(folder), base)
+    if base is not None:
+        raise UserError(f"{folder}: holds no adapter of PEFT's, which base={base} would be for")
     stored = results.read(folder)
     trial = Trial.from_config(stored.result["config"])
     task, target = trial.task.facts, trial.method.target
@@ -570,7 +579,7 @@ def load(folder: str | Path, methods: Sequence[type[Method]] = ()) -> Fleet:
         raise UserError(f"{folder}: trained on weights with sha256 {made_with}, this machine has {encoder.sha256}")
     fleet = Fleet(encoder.model, [trial], torch.device("cpu"), encoder.lacking)
     fleet.load_trial_state(0, stored.tensors(results.ADAPTER, "pt"))
-    fleet.tokenizer = encoder.tokenizer
+    fleet.tokenizer, fleet.origin, fleet.stored = encoder.tokenizer, encoder.origin, stored
     return fleet.eval()
 
 
