@@ -138,7 +138,8 @@ def missing_encoder(config: ModelConfig) -> str | None:
     folder = Path(config.source).expanduser()
     if folder.is_dir():
         if (folder / "adapter_config.json").is_file() and not checkpoint.weights_file(folder):
-            return f"the encoder {config.name}: {folder} holds an adapter alone: merge it into its encoder first"
+            alone = f"{folder} holds an adapter alone: merge it into its encoder first (delora-export)"
+            return f"the encoder {config.name}: {alone}"
         return f"the encoder {config.name}: {folder} lacks {' and '.join(checkpoint.lacking(folder))}"
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.source) or config.source.startswith("."):
         return f"the encoder {config.name}: there is no folder {folder}"

@@ -37,10 +37,7 @@ def text(fleet: Fleet, format: str, name: str) -> str:
         f"- labels: {labels}",
         f"- encoder: {source}, sha256 of its weights {origin['sha256']}",
         f"- longest input: {trial.max_length} tokens; longer ones were cut (`truncation=True`)",
-        *(
-            ["- computed in bfloat16: in float32 the logits differ in the third digit"]
-            * (trial.precision == "bfloat16")
-        ),
+        *(["- trained and scored in bfloat16, whose rounding is not here"] * (trial.precision == "bfloat16")),
         "",
         "```python",
         *(_transformers_usage(name) if format == "transformers" else _peft_usage(fleet, name)),

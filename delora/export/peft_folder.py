@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from delora import encoders, pretrained, results
 from delora.cli import conf_folder
-from delora.config import ConfigError, Fault, FolderName, ModelConfig, TaskConfig, Trial
+from delora.config import Fault, FolderName, ModelConfig, TaskConfig, Trial
 from delora.errors import UserError
 from delora.layers import AdaptedLinear, Joined
 from delora.methods.base import LinearMethod, LowRank
@@ -36,7 +36,7 @@ from delora.methods.miss import MiSS
 from delora.methods.oft import OFT
 from delora.methods.vera import VeRA
 from delora.missing import missing_encoder
-from delora.model import Fleet
+from delora.model import DTYPES, Fleet
 from delora.tasks import Task
 
 CONFIG, WEIGHTS, PICKLE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
@@ -310,16 +310,20 @@ def read(folder: Path) -> Adapter:
     if kind not in TAKEN:
         raise UserError(f"{folder}: an adapter of type {kind[:80]!r}, only {', '.join(TAKEN)} can be taken")
     if faults := [*_unknown(kind, given)]:
-        raise ConfigError([f"{folder / CONFIG}: what it asks for cannot be computed here", *faults])
+        raise _refused(f"{folder / CONFIG}: what it asks for cannot be computed here", faults)
     if (folder / PICKLE).exists() and not (folder / WEIGHTS).exists():
         raise UserError(f"{folder / PICKLE}: a pickle is never read; save the adapter anew, as safetensors")
     tensors, _ = results.read_tensors(folder / WEIGHTS, "pt")
     sha256 = hashlib.sha256(described + hashlib.sha256(results.content(folder / WEIGHTS, 1 << 35)).digest()).hexdigest()
     layers, whole, faults = _sorted_out(kind, tensors)
     if wrong := faults or [*_incomplete(config, layers)]:
-        raise ConfigError([f"{folder / WEIGHTS}: not the adapter that {CONFIG} describes", *wrong])
+        raise _refused(f"{folder / WEIGHTS}: not the adapter that {CONFIG} describes", wrong)
     method, options, uneven, layers = _as_method(config, layers)
     return Adapter(folder, config, sha256, method, options, uneven, layers, whole)
+
+
+def _refused(what: str, faults: Iterable[object]) -> UserError:
+    return UserError("\n  ".join([what, *map(str, faults)]))
 
 
 def _unknown(kind: str, given: Mapping[str, Any]) -> Iterator[Fault]:
@@ -341,7 +345,7 @@ def _sorted_out(kind: str, tensors: Mapping[str, Tensor]) -> tuple[Any, dict[str
     faults = []
     shared = {"base_model.vera_A": "A_RI", "base_model.vera_B": "B_OR"} if kind == "VERA" else {}
     for name, tensor in tensors.items():
-        if not tensor.is_floating_point() or not tensor.isfinite().all():
+        if tensor.dtype not in pretrained.DTYPES or not tensor.isfinite().all():
             faults.append(f"{name}: holds other than finite numbers")
         elif name in shared:
             continue
@@ -451,7 +455,7 @@ def load(folder: Path, base: str | Path | None = None, precision: str = "float32
         raise UserError(f"missing on this machine:\n{lack}")
     task = _task(adapter, model)
     loaded = pretrained.load(model, Task(task.name, task.labels))
-    state = loaded.model.state_dict()
+    state = loaded.model.to(DTYPES[precision]).state_dict()  # type: ignore[call-arg]
     odd = [n for n, t in adapter.whole.items() if n not in state or state[n].shape != t.shape]
     if odd:
         raise UserError(f"{folder}: its base {model.name} has no place for {', '.join(odd[:4])}")
@@ -519,11 +523,10 @@ def _trial(adapter: Adapter, model: ModelConfig, task: TaskConfig, targets: Sequ
     config: Any = OmegaConf.load(conf_folder() / "config.yaml")
     for key in ("defaults", "hydra"):
         del config[key]
-    for group, option in {"task": "mrpc", "method": adapter.method, "data": "glue", "protocol": "paper"}.items():
-        config[group] = OmegaConf.merge(
-            config.get(group) or {}, OmegaConf.load(conf_folder() / group / f"{option}.yaml")
-        )
-    config.logger = OmegaConf.load(conf_folder() / "logger" / "none.yaml")
+    chosen = {"task": "mrpc", "method": adapter.method, "data": "glue", "protocol": "paper", "logger": "wandb"}
+    for group, option in chosen.items():
+        own = OmegaConf.load(conf_folder() / group / f"{option}.yaml")
+        config[group] = OmegaConf.merge(config.get(group) or {}, own)
     config.model = model.model_dump(exclude_unset=True)
     config.method = OmegaConf.merge(config.method, adapter.options, {"targets": list(targets)})
     config.precision = precision

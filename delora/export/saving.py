@@ -40,6 +40,8 @@ def save(fleet: Fleet, folder: Path, format: str = "transformers") -> Path:
         UserError: the method has no such form, or the folder cannot be written or holds something.
     """
     folder = folder.expanduser()
+    if folder.is_symlink():
+        folder = folder.resolve()
     if format not in FORMATS:
         raise UserError(f"format={format}: {expected(format, FORMATS)}")
     if fleet.tokenizer is None or fleet.origin is None:
@@ -82,7 +84,13 @@ def _write_peft(folder: Path, config: dict, tensors: dict[str, torch.Tensor]) ->
 
 def _check(folder: Path, tokenizer: transformers.PreTrainedTokenizerBase, made) -> None:
     """Raises UserError where what is read back is not what was written."""
-    again = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    told = f"the encoder's tokenizer ({type(tokenizer).__name__})"
+    try:
+        again = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # of any kind, for what it does not expect
+        raise UserError(
+            f"{told} cannot be read back by transformers ({type(error).__name__}); nothing is saved"
+        ) from error
     vocabulary = list(tokenizer.get_vocab())
     texts = [*PROBES, " ".join(vocabulary[:: max(1, len(vocabulary) // 500)])]
     pairs = list(zip(texts, reversed(texts), strict=True))
@@ -90,10 +98,7 @@ def _check(folder: Path, tokenizer: transformers.PreTrainedTokenizerBase, made) 
         for options in ({}, {"truncation": True}):
             wanted, found = (dict(one(given, **options)) for one in (tokenizer, again))
             if wanted != found:
-                raise UserError(
-                    f"the encoder's tokenizer ({type(tokenizer).__name__}) is another one when transformers reads it "
-                    f"back; nothing is saved"
-                )
+                raise UserError(f"{told} is another one when transformers reads it back; nothing is saved")
     if isinstance(made, tuple):
         wanted, found = made[1], safetensors.torch.load_file(folder / peft_folder.WEIGHTS)
     else:
