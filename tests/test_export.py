@@ -3,8 +3,6 @@
 import contextlib
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import peft
@@ -21,6 +19,7 @@ import delora
 from delora import results
 from delora.errors import UserError
 from delora.export import peft_folder
+from delora.export.cli import main
 from delora.missing import identified
 from delora.sweep import run
 
@@ -82,6 +81,12 @@ def test_peft_gives_the_same_logits(kind, checkpoints, tmp_path):  # noqa: F811
         assert described["peft_type"] == ("LORA" if fused else own) and set(described["modules_to_save"])
         found, wanted = each_alone(stock(folder, checkpoints(kind)), inputs), fleet(**inputs).logits
         assert (found - wanted).abs().max() < 1e-9 * wanted.abs().max(), (method, more)
+    fleet.save(tmp_path / "merged")
+    classify = transformers.pipeline("text-classification", str(tmp_path / "merged"))
+    ids = fleet.tokenizer("abc", "a bc", return_tensors="pt")
+    taken = {name: ids[name] for name in ("input_ids", "attention_mask")}
+    likeliest = fleet(**taken).logits.softmax(1)[0].max().item()
+    assert classify({"text": "abc", "text_pair": "a bc"})["score"] == pytest.approx(likeliest, abs=1e-6)
 
 
 # --- As a model of transformers
@@ -145,14 +150,12 @@ def test_a_pipeline_gives_the_same_labels_and_probabilities(task, minilm, tmp_pa
 
 
 @torch.no_grad()
-def test_peft_over_minilm_gives_the_same_logits(minilm, tmp_path):
+def test_peft_over_minilm_gives_the_same_logits(minilm, tmp_path, capsys):
     """A trained trial, from the command; the head that PEFT drew is replaced, and the card's code runs."""
-    done = subprocess.run(
-        [sys.executable, "-m", "delora.export.cli", minilm / "mrpc", "-o", tmp_path / "adapter", "--format", "peft"],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0 and f"saved in {tmp_path / 'adapter'}" in done.stdout, done.stderr
+    assert main([str(minilm / "mrpc"), "-o", str(tmp_path / "adapter"), "--format", "peft"]) == 0
+    assert f"saved in {tmp_path / 'adapter'}" in capsys.readouterr().out
+    assert main([str(minilm / "mrpc"), "-o", str(tmp_path / "adapter")]) == 2
+    assert capsys.readouterr().err.startswith("delora-export: error: ")
     model = delora.load(minilm / "mrpc")
     card = (tmp_path / "adapter" / "README.md").read_text()
     code = card.split("```python\n")[1].split("```")[0].replace('"adapter"', repr(str(tmp_path / "adapter")))

@@ -309,8 +309,8 @@ def read(folder: Path) -> Adapter:
     kind = config.peft_type
     if kind not in TAKEN:
         raise UserError(f"{folder}: an adapter of type {kind[:80]!r}, only {', '.join(TAKEN)} can be taken")
-    if faults := [*_unknown(kind, given)]:
-        raise _refused(f"{folder / CONFIG}: what it asks for cannot be computed here", faults)
+    if unknown := [*_unknown(kind, given)]:
+        raise _refused(f"{folder / CONFIG}: what it asks for cannot be computed here", unknown)
     if (folder / PICKLE).exists() and not (folder / WEIGHTS).exists():
         raise UserError(f"{folder / PICKLE}: a pickle is never read; save the adapter anew, as safetensors")
     tensors, _ = results.read_tensors(folder / WEIGHTS, "pt")
@@ -455,7 +455,7 @@ def load(folder: Path, base: str | Path | None = None, precision: str = "float32
         raise UserError(f"missing on this machine:\n{lack}")
     task = _task(adapter, model)
     loaded = pretrained.load(model, Task(task.name, task.labels))
-    state = loaded.model.to(DTYPES[precision]).state_dict()  # type: ignore[call-arg]
+    state = loaded.model.to(DTYPES[precision]).state_dict()  # type: ignore[arg-type]
     odd = [n for n, t in adapter.whole.items() if n not in state or state[n].shape != t.shape]
     if odd:
         raise UserError(f"{folder}: its base {model.name} has no place for {', '.join(odd[:4])}")
