@@ -57,7 +57,7 @@ def written(fleet: Fleet, trial: int = 0) -> tuple[dict[str, Any], dict[str, Ten
     if fleet.trials[trial].model.random:
         raise UserError(f"the encoder has random weights, which no checkpoint holds for PEFT to load; {MERGED}")
     parts = _parts(fleet)
-    layers = _own_type(fleet, parts, trial) or {name: _as_lora(fleet, part, trial) for name, part in parts.items()}
+    layers = _own_type(fleet, parts, trial) or {n: _as_lora(fleet, n, part, trial) for n, part in parts.items()}
     kinds = {kind for kind, *_ in layers.values()}
     options = [options for _, options, _ in layers.values()]
     whole = _whole_modules(fleet)
@@ -153,7 +153,7 @@ def _ia3(modules: Sequence[Any], k: int) -> Tensor:
 
 
 @torch.no_grad()
-def _as_lora(fleet: Fleet, modules: Sequence[Any], k: int) -> Layer:
+def _as_lora(fleet: Fleet, name: str, modules: Sequence[Any], k: int) -> Layer:
     """A layer as a LoRA with the factor 1: of a fused one, the parts' factors side by side, each for its outputs."""
     ups, downs, magnitudes = [], [], []
     for module in modules:
@@ -164,8 +164,8 @@ def _as_lora(fleet: Fleet, modules: Sequence[Any], k: int) -> Layer:
             continue
         method: LinearMethod = module.method
         if not isinstance(method, LowRank):
-            name = fleet.trials[k].method.name
-            raise UserError(f"method={name} has no form in PEFT's format, on such layers at least; {MERGED}")
+            of = fleet.trials[k].method.name
+            raise UserError(f"PEFT's format has no form of method={of} for the layer {name}; {MERGED}")
         up_KOS, down_KSI = method.factors(weight_OI)
         ups.append(up_KOS[k])
         downs.append(down_KSI[k if len(down_KSI) > 1 else 0])
@@ -261,6 +261,9 @@ class _Config(BaseModel):
     revision: str | None = None
     r: Rank | None = None
     lora_alpha: Factor = 8.0  # PEFT's default
+    target_modules: list[str] | str | None = None
+    exclude_modules: Any = None
+    layers_to_transform: Any = None
     use_rslora: bool = False
     use_dora: bool = False
     rank_pattern: dict[str, Rank] | None = None
@@ -359,6 +362,8 @@ def _sorted_out(kind: str, tensors: Mapping[str, Tensor]) -> tuple[Any, dict[str
     for name, tensor in tensors.items():
         if tensor.dtype not in pretrained.DTYPES or not tensor.isfinite().all():
             faults.append(f"{name}: holds other than finite numbers")
+        elif not tensor.dim():
+            faults.append(f"{name}: a single number, no vector or matrix")
         elif name in shared:
             continue
         elif not name.startswith(PREFIX):
@@ -382,18 +387,16 @@ def _incomplete(config: _Config, layers: Mapping[str, Mapping[str, Tensor]]) -> 
         yield f"it holds no {config.peft_type} of any layer"
     expected = {*NAMES[config.peft_type].values()} - (set() if config.use_dora else {"m"})
     for name, own in layers.items():
-        for key in sorted(expected ^ (own.keys() - {"A_RI", "B_OR"})):
-            yield f"{name}: {'lacks' if key in expected else 'has'} {key}"
-        for key, tensor in own.items():
-            if tensor.dim() != AXES.get(key, 2):
-                yield f"{name}: {key} of shape {tuple(tensor.shape)}"
-    if config.r is None or config.peft_type == "IA3":
-        return
-    for name, own in layers.items():
-        rank = int(_matching(config.rank_pattern, name, config.r))
-        held = {key: own[key].shape[axis] for key, axis in (("A", 0), ("B", 1), ("D", 0), ("d", 0)) if key in own}
-        if any(size != rank for size in held.values()):
-            yield f"{name}: ranks {held}, {rank} by {CONFIG}"
+        odd = sorted(expected ^ (own.keys() - {"A_RI", "B_OR"}))
+        yield from (f"{name}: {'lacks' if key in expected else 'has'} {key}" for key in odd)
+        shaped = [key for key, tensor in own.items() if tensor.dim() != AXES.get(key, 2) or not tensor.numel()]
+        yield from (f"{name}: {key} of shape {tuple(own[key].shape)}" for key in shaped)
+        if odd or shaped:
+            continue
+        ranks = {key: own[key].shape[axis] for key, axis in (("A", 0), ("B", 1), ("D", 0), ("d", 0)) if key in own}
+        told = int(_matching(config.rank_pattern, name, config.r)) if config.r else None
+        if len({*ranks.values(), *([told] if ranks and told else [])}) > 1:
+            yield f"{name}: ranks {ranks}, {told} by {CONFIG}"
 
 
 def _matching(pattern: Mapping[str, float] | None, layer: str, default: float) -> float:
@@ -474,6 +477,8 @@ def load(folder: Path, base: str | Path | None = None, precision: str = "float32
         raise UserError(f"{folder}: its base {model.name} has no place for {', '.join(odd[:4])}")
     if lacking := sorted(loaded.lacking - adapter.whole.keys()):
         raise UserError(f"{folder}: neither it nor its base {model.name} holds {', '.join(lacking[:4])}")
+    if left := _left_out(adapter, loaded.model):
+        raise UserError(f"{folder / WEIGHTS}: holds nothing for {', '.join(left[:4])}, which target_modules names")
     loaded.model.load_state_dict(adapter.whole, strict=False)
     family = encoders.of(loaded.model.config.to_dict()) or encoders.unknown
     layers = _unfused(adapter, family)
@@ -494,6 +499,24 @@ def load(folder: Path, base: str | Path | None = None, precision: str = "float32
     head = {n: t for n, t in state.items() if n.rpartition(".")[0] in fleet.head_names}
     fleet.load_trial_state(0, {**_state(layers), **head})
     return fleet.eval()
+
+
+def _left_out(adapter: Adapter, model: nn.Module) -> list[str]:
+    """The linear layers for which the adapter holds nothing, though its config names them; PEFT would draw them."""
+    config, targets = adapter.config, adapter.config.target_modules
+    if not targets or targets == "all-linear" or config.exclude_modules or config.layers_to_transform is not None:
+        return []
+
+    def is_target(name: str) -> bool:
+        if isinstance(targets, str):
+            return re.fullmatch(targets, name) is not None
+        return any(name == target or name.endswith(f".{target}") for target in targets)
+
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and f"{n}.weight" not in adapter.whole]
+    try:
+        return [name for name in linears if name not in adapter.layers and is_target(name)]
+    except re.error as error:
+        raise UserError(f"{adapter.folder / CONFIG}: target_modules is no regular expression ({error})") from None
 
 
 def _base(adapter: Adapter, base: str | Path | None) -> ModelConfig:
