@@ -102,16 +102,15 @@ def _parts(fleet: Fleet) -> dict[str, list[Any]]:
     Raises:
         UserError: the method is not one on linear layers.
     """
-    method, found = fleet.trials[0].method.name, {}
+    method = fleet.trials[0].method.name
+    found: dict[str, list[Any]] = {}
     for name, module in fleet.adapted():
         if not isinstance(module, AdaptedLinear):
             ways = MERGED if fleet.distances() else "nor is it a change of weights, that a model of transformers has"
             raise UserError(f"method={method} is no adapter of linear layers, which PEFT's are; {ways}")
         above = name.rpartition(".")[0]
         fused = fleet.base.get_submodule(above)
-        found[above if isinstance(fused, Joined) else name] = (
-            [*fused.children()] if isinstance(fused, Joined) else [module]
-        )
+        found |= {above: [*fused.children()]} if isinstance(fused, Joined) else {name: [module]}
     return found
 
 
