@@ -166,7 +166,8 @@ class MethodConfig(Section):
     How reports show the method is no part of a trial, and left out.
 
     Attributes:
-        start: the folder of a finished trial whose adapter, and where labels agree head, this one begins with.
+        start: the folder of a finished trial whose adapter, and where labels agree head, this one begins with; or that
+            of an adapter which PEFT saved.
         start_sha256: of the adapter there.
     """
 

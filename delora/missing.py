@@ -37,7 +37,7 @@ def identified(trials: Iterable[Trial]) -> list[Trial]:
     trials = [trial.model_copy(update={"model": models[trial.model]}) for trial in trials]
     # Trials that may train together begin alike: the folder is read once for them, not once for each.
     firsts = {trial.company: trial for trial in trials if trial.method.start}
-    hashes = {company: start_sha256(start_of(first)) for company, first in firsts.items()}
+    hashes = {company: _start_sha256(first) for company, first in firsts.items()}
 
     def begun(trial: Trial) -> Trial:
         sha256 = hashes[trial.company]
@@ -81,6 +81,19 @@ def _identified(model: ModelConfig) -> ModelConfig:
     if model.sha256 or not model.source or not folder.is_dir() or checkpoint.lacking(folder):
         return model
     return model.model_copy(update={"sha256": checkpoint.sha256(folder)})
+
+
+def is_peft(folder: Path) -> bool:
+    """Whether a folder holds an adapter that PEFT saved, and no trial."""
+    return (folder / "adapter_config.json").is_file() and not (folder / storage.RESULT).exists()
+
+
+def _start_sha256(trial: Trial) -> str:
+    if is_peft(Path(str(trial.method.start)).expanduser()):
+        from delora.export import peft_folder  # imports torch
+
+        return peft_folder.start_of(trial).sha256
+    return start_sha256(start_of(trial))
 
 
 def start_of(trial: Trial) -> storage.StoredTrial:
@@ -170,7 +183,8 @@ def missing_encoder(config: ModelConfig) -> str | None:
     folder = Path(config.source).expanduser()
     if folder.is_dir():
         if (folder / "adapter_config.json").is_file() and not checkpoint.weights_file(folder):
-            return f"the encoder {config.name}: {folder} holds an adapter alone: merge it into its encoder first"
+            alone = f"{folder} holds an adapter alone: merge it into its encoder first (delora-export)"
+            return f"the encoder {config.name}: {alone}"
         return f"the encoder {config.name}: {folder} lacks {' and '.join(checkpoint.lacking(folder))}"
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", config.source) or config.source.startswith("."):
         return f"the encoder {config.name}: there is no folder {folder}"

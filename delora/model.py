@@ -11,6 +11,7 @@ import inspect
 import itertools
 import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ import transformers
 from torch import Tensor, nn
 from torch.fx.experimental import _config as symbols
 
-from delora import attention, encoders
+from delora import attention, encoders, storage
 from delora.config import PER_TRIAL, Trial
 from delora.data.batches import Batch, Layout, Tokens
 from delora.encoders.base import first_tokens
@@ -59,6 +60,7 @@ class Fleet(nn.Module):
         packs: whether it takes batches whose examples are packed.
         recorded: whether its steps of training are recorded as CUDA graphs.
         alone: whether it is of one trial, whose steps can be neither recorded nor compiled.
+        tokenizer, origin, stored: of a loaded one, the encoder's tokenizer, where its weights are from, and the trial.
 
     Raises:
         UserError: no layer matches the targets, an option does not fit a layer, or the model has no head to train.
@@ -74,6 +76,8 @@ class Fleet(nn.Module):
         super().__init__()
         self.trials, self.precision = trials, trials[0].precision
         self.tokenizer: transformers.PreTrainedTokenizerBase | None = None
+        self.origin: storage.Origin | None = None
+        self.stored: storage.StoredTrial | None = None
         self.dtype = dtype = DTYPES[self.precision]
         self.encoder = encoders.of(base.config.to_dict()) or encoders.unknown
         self.known = self.encoder is not encoders.unknown
@@ -483,6 +487,12 @@ class Fleet(nn.Module):
             plain = type(self.base)(config)
         plain.to(device=self.device, dtype=self.dtype).load_state_dict(state)  # type: ignore[call-arg]
         return plain.eval()
+
+    def save(self, folder: str | Path, format: str = "transformers") -> Path:
+        """Saves a loaded trial for those who have no delora, as `delora.export.saving.save`; returns the folder."""
+        from delora.export.saving import save
+
+        return save(self, Path(folder), format)
 
 
 def check_unknown(

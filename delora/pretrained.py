@@ -21,7 +21,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING as CLASSIFIERS
 
-from delora import checkpoint, packaged
+from delora import checkpoint, packaged, storage
 from delora.config import ModelConfig
 from delora.errors import UserError
 from delora.missing import missing_encoder
@@ -61,6 +61,11 @@ class Pretrained:
     sha256: str | None
     revision: str | None = None
     lacking: frozenset[str] = frozenset()
+
+    @property
+    def origin(self) -> storage.Origin:
+        """What results tell of it."""
+        return {"source": self.source, "sha256": self.sha256, "revision": self.revision}
 
 
 def load(config: ModelConfig, task: Task) -> Pretrained:

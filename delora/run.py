@@ -29,9 +29,10 @@ from delora.data import Dataset, Rows
 from delora.data.batches import Tokens
 from delora.data.splits import paper_split
 from delora.errors import UserError
+from delora.export import peft_folder
 from delora.methods.base import Method
 from delora.metrics import guessing
-from delora.missing import missing_encoder, start_of, start_sha256
+from delora.missing import is_peft, missing_encoder, start_of, start_sha256
 from delora.model import DTYPES, Fleet, check_unknown
 from delora.predict import text_sha256
 from delora.storage import Extent, Result, ResultsError, TrialFolder
@@ -96,7 +97,7 @@ def run_fleet(
             "published": dataset.published,
             "guessing": guessing(task, dataset.splits["validation"].labels),
         },
-        weights={"source": encoder.source, "sha256": encoder.sha256, "revision": encoder.revision},
+        weights=encoder.origin,
         start=start,
     )
     origin = {"data": dataset.sha256, "weights": encoder.sha256, "precision": config.precision}
@@ -129,6 +130,8 @@ def begin(fleet: Fleet, encoder: pretrained.Pretrained) -> storage.Origin:
         UserError: as `delora.missing.start_of`, or it was trained on other weights.
     """
     trial = fleet.trials[0]
+    if is_peft(Path(str(trial.method.start)).expanduser()):
+        return peft_folder.begin(fleet, peft_folder.start_of(trial))
     stored = start_of(trial)
     made_with = stored.result["made_by"]["weights"]["sha256"]
     if made_with != encoder.sha256:
@@ -593,22 +596,34 @@ def _result(
     return cast(Result, result)  # checked when it is written
 
 
-def load(folder: str | Path, methods: Sequence[type[Method]] = (), device: str = "cpu") -> Fleet:
+def load(
+    folder: str | Path,
+    methods: Sequence[type[Method]] = (),
+    device: str = "cpu",
+    base: str | Path | None = None,
+) -> Fleet:
     """The model of a finished trial, in evaluation mode: `load(folder).predict(texts)` gives labels and probabilities,
     `load(folder)(**inputs).logits` logits of inputs (B, T).
 
-    Its `tokenizer` is the encoder's; `merge()` gives a plain transformers model. The folder may be a stranger's: no
-    code is run that it names, but that of delora and of `methods`.
+    Its `tokenizer` is the encoder's; `merge()` gives a plain transformers model, `save()` writes one, or an adapter of
+    PEFT's. The folder may be a stranger's: no code is run that it names, but that of delora and of `methods`. It may
+    also hold an adapter that PEFT saved, see `delora.export.peft_folder.load`.
 
     Args:
         methods: classes outside of `delora.methods` that the trial may have been trained with.
         device: "cpu", "cuda", "cuda:1", "mps", or "auto" for the first accelerator there is.
+        base: of an adapter that PEFT saved, its encoder: a folder, an id on the hub, or an option of `model=`.
 
     Raises:
         UserError: the folder holds no finished trial, its files are not those it ended with, it names a method or a
             package that is not known, or the encoder is not the one it was trained on.
     """
-    stored, place = winner.trial_in(folder), choose_device(device)
+    place = choose_device(device)
+    if is_peft(Path(folder)):
+        return peft_folder.load(Path(folder), base).to(place)
+    if base is not None:
+        raise UserError(f"{folder}: holds no adapter of PEFT's, which base={base} would be for")
+    stored = winner.trial_in(folder)
     trial = Trial.from_config(stored.result["config"])
     task, target = trial.task.facts, trial.method.target
     known = [f"{method.__module__}.{method.__qualname__}" for method in methods]
@@ -622,5 +637,5 @@ def load(folder: str | Path, methods: Sequence[type[Method]] = (), device: str =
         raise UserError(f"{folder}: trained on weights with sha256 {made_with}, this machine has {encoder.sha256}")
     fleet = Fleet(encoder.model, [trial], place, encoder.lacking)
     fleet.load_trial_state(0, stored.tensors(storage.ADAPTER, "pt"))
-    fleet.tokenizer = encoder.tokenizer
+    fleet.tokenizer, fleet.origin, fleet.stored = encoder.tokenizer, encoder.origin, stored
     return fleet.eval()

@@ -150,9 +150,9 @@ def predictions(folder: str | Path) -> "pandas.DataFrame":
     """What a trial predicted for the rows that it was scored on, with its best checkpoint.
 
     Columns: split (validation, test, and of MNLI mismatched), row (its number in the data's validation rows, from 0; of
-    mismatched in validation_mismatched, of a test file in that), text_sha256 (`text_sha256` of its texts), label, prediction (names, or scores)
-    and probability (of the predicted label; missing where a score is predicted). Row, text_sha256 and label are missing
-    of trials of earlier versions, which did not keep them.
+    mismatched in validation_mismatched, of a test file in that), text_sha256 (`text_sha256` of its texts), label,
+    prediction (names, or scores) and probability (of the predicted label; missing where a score is predicted). Row,
+    text_sha256 and label are missing of trials of earlier versions, which did not keep them.
 
     Raises:
         UserError: the folder holds no trial that has ended, or its predictions are damaged.
