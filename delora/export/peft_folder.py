@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from delora import encoders, pretrained, storage
 from delora.cli import conf_folder
-from delora.config import Fault, FolderName, ModelConfig, TaskConfig, Trial
+from delora.config import Fault, ModelConfig, TaskConfig, Trial
 from delora.errors import UserError
 from delora.layers import AdaptedLinear, Joined
 from delora.methods.base import LinearMethod, LowRank
@@ -534,23 +534,16 @@ def _base(adapter: Adapter, base: str | Path | None) -> ModelConfig:
     return ModelConfig(source=base, revision=adapter.config.revision if named else None)  # type: ignore[call-arg]
 
 
-class _FolderTask(TaskConfig):
+def _task(adapter: Adapter, model: ModelConfig) -> TaskConfig:
     """The task of an adapter: its labels are all that is known of it."""
-
-    name: FolderName
-    labels: tuple[str, ...] | None
-    metric: tuple[str, ...]
-
-
-def _task(adapter: Adapter, model: ModelConfig) -> _FolderTask:
     known = (model.described or {}).get("id2label")
     names = [str(name) for name in known.values()] if isinstance(known, dict) else []
     names = list(adapter.labels or names)
     rows = next((len(adapter.whole[name]) for name in HEADS if name in adapter.whole), len(names) or 2)
     if rows == 1:
-        return _FolderTask(name="score", labels=None, metric=("pearson_spearman",))
+        return TaskConfig(name="score", kind="regression", labels=None, metric=("pearson_spearman",))
     labels = names if len({*names}) == rows else [f"LABEL_{i}" for i in range(rows)]
-    return _FolderTask(name="labels", labels=tuple(labels), metric=("accuracy",))
+    return TaskConfig(name="labels", kind="classes", labels=tuple(labels), metric=("accuracy",))
 
 
 def _trial(adapter: Adapter, model: ModelConfig, task: TaskConfig, targets: Sequence[str], precision: str) -> Trial:
