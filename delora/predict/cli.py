@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("paths", nargs="+", metavar="FOLDER", help="trials or sweeps; then INPUT, the texts, but with --glue")
+    add("paths", nargs="+", metavar="FOLDER", help="trials or sweeps; without --glue then INPUT, the texts")
     add("--text", nargs="+", default=[], metavar="COLUMN", help="of the texts; for a task of pairs two")
     add("--glue", type=Path, metavar="FOLDER", help="of GLUE's test files, TASK/test.tsv")
     add("-o", "--output", default="-", metavar="FILE", help=".csv or .jsonl, with --glue .zip; default: - for CSV")
