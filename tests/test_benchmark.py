@@ -108,3 +108,16 @@ def test_pairs_are_as_long_as_mnlis_and_their_tokens_are_timed():
     measured = benchmark.tokenize(options, 2000)
     assert 32 < measured["tokens"] / 2000 < 42 and measured["seconds"] > 0
     assert 1e8 < measured["loaded_bytes"] <= measured["peak_bytes"]
+
+
+def test_texts_are_predicted_beside_a_pipeline_with_the_same_probabilities(tmp_path, capsys):
+    benchmark = load_script("benchmark")
+    options = argparse.Namespace(
+        **{"model": "tiny", "method": "lora", "batch_size": 4, "device": "cpu", "precision": "float32", "data": None},
+        **{"predict": 12, "turns": 2, "json": tmp_path / "rates.json"},
+    )
+    benchmark.report_predicting(options)
+    rates, lines = json.loads((tmp_path / "rates.json").read_text()), capsys.readouterr().out.splitlines()
+    assert list(rates) == ["delora", "pipeline, batch 8", "pipeline, batch 4"]
+    assert all(len(several) == 2 and min(several) > 0 for several in rates.values())
+    assert all(float(line.rpartition(" ")[2]) < 1e-5 for line in lines)

@@ -287,6 +287,15 @@ def test_trials_of_different_labels_or_encoders_are_refused(trained, tmp_path, c
     assert "several tasks, say which task: cola, mnli, mrpc, stsb" in capsys.readouterr().err
 
 
+def test_a_reader_that_leaves_is_no_error(trained, tmp_path):
+    (tmp_path / "x.txt").write_text("text\n" * 5000)  # more than a pipe holds
+    line = f"{sys.executable} -m delora.predict.cli {trained / 'cola'} {tmp_path / 'x.txt'} | head -n 2"
+    line = ["bash", "-c", f"{line}; exit ${{PIPESTATUS[0]}}"]
+    answer = subprocess.run(line, env=os.environ | OFFLINE, capture_output=True, text=True, timeout=120)
+    assert answer.returncode == 0 and "error" not in answer.stderr.lower(), answer.stderr
+    assert answer.stdout.startswith("row,label,p(unacceptable),p(acceptable)\n0,")
+
+
 def test_ctrl_c_writes_nothing_and_ends_with_130(trained, tmp_path):
     line = [sys.executable, "-m", "delora.predict.cli", str(trained / "cola"), "-", "-o", str(tmp_path / "o.csv")]
     pipe = subprocess.PIPE

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from delora.predict import Predictions
     from delora.storage import StoredTrial
 
+USAGE = """delora-predict FOLDER ... INPUT [--text COLUMN ...] [-o FILE] [--task TASK] [--device DEVICE]
+       delora-predict FOLDER ... --glue FOLDER -o FILE.zip [--device DEVICE]"""
 DESCRIPTION = """Predicts labels and probabilities, or scores, with trials of delora-run.
 
 FOLDER is a trial's, or a sweep's: of that all seeds of the config that is best on validation are taken. The
@@ -54,12 +56,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "delora-predict",
+        usage=USAGE,
         description=DESCRIPTION,
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
-    add("paths", nargs="+", metavar="FOLDER ... INPUT", help="trials or sweeps, then the texts; with --glue no texts")
+    add("paths", nargs="+", metavar="FOLDER", help="trials or sweeps; without --glue then INPUT, the texts")
     add("--text", nargs="+", default=[], metavar="COLUMN", help="of the texts; for a task of pairs two")
     add("--glue", type=Path, metavar="FOLDER", help="of GLUE's test files, TASK/test.tsv")
     add("-o", "--output", default="-", metavar="FILE", help=".csv or .jsonl, with --glue .zip; default: - for CSV")

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -227,10 +228,15 @@ def check_output(name: str) -> None:
 
 
 def write(name: str, data: bytes) -> None:
-    """Writes a file whole, or leaves the earlier one. Raises ResultsError where that fails."""
+    """Writes a file whole, or leaves the earlier one. Raises ResultsError where that fails.
+
+    Where nobody reads standard output any more, as behind `| head`, the rest is dropped.
+    """
     if name == STANDARD:
-        sys.stdout.flush()
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
+        try:
+            sys.stdout.buffer.write(data)
+            sys.stdout.buffer.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     else:
         storage.replace(Path(name).absolute(), data)
