@@ -207,8 +207,7 @@ def _from_file(path: Path, text: tuple[str, ...], label: str | None) -> "dataset
     """The columns of a file, of one that is no parquet the labels as JSON; of one that lacks a column no row."""
     import datasets
 
-    suffixes = [suffix.lower() for suffix in path.suffixes if suffix.lower() != ".gz"]
-    kind = suffixes[-1] if suffixes else ""
+    kind = kind_of(path)
     if kind == ".parquet":
         try:
             return datasets.Dataset.from_parquet(str(path))
@@ -217,12 +216,12 @@ def _from_file(path: Path, text: tuple[str, ...], label: str | None) -> "dataset
     if kind not in RECORDS:
         known = ", ".join([*RECORDS, ".parquet"])
         raise UserError(f"{path}: what kind of file is it? Expected one of {known} at the end of its name")
-    names = next(RECORDS[kind](path, ()), {})
+    names = next(records(path, ()), {})
     if not text or label not in names or not names.keys() >= {*text}:
         return datasets.Dataset.from_dict({name: [] for name in names})
     about = path.stat()
     # A tuple: what is a list there, datasets takes in parts.
-    given = {"path": str(path), "kind": kind, "text": tuple(text), "label": label}
+    given = {"path": str(path), "text": tuple(text), "label": label}
     stamp = json.dumps([given, str(path.resolve()), about.st_size, about.st_mtime_ns, FORMAT])
     try:
         return datasets.Dataset.from_generator(
@@ -236,15 +235,14 @@ def _from_file(path: Path, text: tuple[str, ...], label: str | None) -> "dataset
         raise UserError(f"{path}: no rows" if "corresponds to no data" in told else told) from error
 
 
-def _records(path: str, kind: str, text: tuple[str, ...], label: str) -> Iterator[dict[str, str]]:
+def _records(path: str, text: tuple[str, ...], label: str) -> Iterator[dict[str, str]]:
     """The records of a file, the label as JSON: a column of one type, whatever the file has.
 
     Raises:
         UserError: a text is none; with the first such rows.
     """
     faults = []
-    records = itertools.islice(RECORDS[kind](Path(path), (*text, label)), 1, None)
-    for row, record in enumerate(records, start=1):
+    for row, record in enumerate(itertools.islice(records(Path(path), (*text, label)), 1, None), start=1):
         others = [column for column in text if not isinstance(record[column], str | None)]
         faults += [f"row {row}, column {column}: not a text: {record[column]!r}"[:200] for column in others]
         if not others:
@@ -252,69 +250,74 @@ def _records(path: str, kind: str, text: tuple[str, ...], label: str) -> Iterato
     _refuse(path, faults)
 
 
-def _separated(path: Path, columns: Sequence[str], separator: str) -> Iterator[dict[str, Any]]:
-    """The header, as a record of its own names, then the columns of each row, all of them text.
+def kind_of(path: Path) -> str:
+    """The suffix that tells what kind of file it is, packed or not."""
+    return next((suffix.lower() for suffix in reversed(path.suffixes) if suffix.lower() != ".gz"), "")
+
+
+def records(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """The names that a file of a kind in `RECORDS` has, as keys of a record, then the columns of each of its records.
 
     Raises:
-        UserError: a line is no row of the table; with the first such lines.
+        UserError: the file is no such table; with the first of its faulty lines.
     """
+    with _opened(path) as lines:
+        yield from RECORDS[kind_of(path)](str(path), lines, columns)
+
+
+def _separated(path: str, file: Iterable[str], columns: Sequence[str], separator: str) -> Iterator[dict[str, Any]]:
+    """`records` of lines with a header; all values are texts."""
     faults: list[str] = []
     csv.field_size_limit(LARGEST_FIELD)
     number = 1
-    with _opened(path) as file:
-        lines = csv.reader(_without_nul(path, file), delimiter=separator, strict=True)
-        try:
-            header = next(lines, [])
-            if twice := [name for name, count in Counter(header).items() if count > 1]:
-                raise UserError(f"{path}: line 1: the column {', '.join(twice)} is there twice")
-            yield dict.fromkeys(header)
-            at = [header.index(column) for column in columns]
-            for fields in lines:
-                number = lines.line_num
-                if not fields:
-                    continue
-                if len(fields) != len(header):
-                    hint = ": a text that holds the separator needs quotes" if len(fields) > len(header) else ""
-                    faults.append(f"line {number}: {len(fields)} fields, the header has {len(header)}{hint}")
-                    continue
-                yield {column: fields[place] for column, place in zip(columns, at, strict=True)}
-        except csv.Error as error:
-            raise UserError(f"{path}: line {max(number, lines.line_num)}: {error}: is a quote not closed?") from error
-    _refuse(str(path), faults)
+    lines = csv.reader(_without_nul(path, file), delimiter=separator, strict=True)
+    try:
+        header = next(lines, [])
+        if twice := [name for name, count in Counter(header).items() if count > 1]:
+            raise UserError(f"{path}: line 1: the column {', '.join(twice)} is there twice")
+        yield dict.fromkeys(header)
+        at = [header.index(column) for column in columns]
+        for fields in lines:
+            number = lines.line_num
+            if not fields:
+                continue
+            if len(fields) != len(header):
+                hint = ": a text that holds the separator needs quotes" if len(fields) > len(header) else ""
+                faults.append(f"line {number}: {len(fields)} fields, the header has {len(header)}{hint}")
+                continue
+            yield {column: fields[place] for column, place in zip(columns, at, strict=True)}
+    except csv.Error as error:
+        raise UserError(f"{path}: line {max(number, lines.line_num)}: {error}: is a quote not closed?") from error
+    _refuse(path, faults)
 
 
-def _json_lines(path: Path, columns: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """The first object, as a record of its keys, then the columns of each object.
-
-    Raises:
-        UserError: a line is no object, or lacks a column; with the first such lines.
-    """
+def _json_lines(path: str, file: Iterable[str], columns: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """`records` of an object on each line, of which the first one names the columns."""
     faults: list[str] = []
     first = True
-    with _opened(path) as file:
-        for number, line in enumerate(_without_nul(path, file), start=1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                record = f"not JSON: {error.msg}, character {error.pos + 1}"
-            if not isinstance(record, dict):
-                if number == 1 and (isinstance(record, list) or line.strip() == "["):
-                    raise UserError(f"{path}: line 1: a list, expected an object on each line (jq -c '.[]' makes that)")
-                faults.append(f"line {number}: {record if isinstance(record, str) else 'expected an object'}")
-                continue
-            if first:
-                yield dict.fromkeys(record)
-                first = False
-            if lacking := [column for column in columns if column not in record]:
-                faults.append(f"line {number}: no {' and no '.join(lacking)}")
-                continue
-            yield {column: record[column] for column in columns}
-    _refuse(str(path), faults)
+    for number, line in enumerate(_without_nul(path, file), start=1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            record = f"not JSON: {error.msg}, character {error.pos + 1}"
+        if not isinstance(record, dict):
+            if number == 1 and (isinstance(record, list) or line.strip() == "["):
+                raise UserError(f"{path}: line 1: a list, expected an object on each line (jq -c '.[]' makes that)")
+            faults.append(f"line {number}: {record if isinstance(record, str) else 'expected an object'}")
+            continue
+        if first:
+            yield dict.fromkeys(record)
+            first = False
+        if lacking := [column for column in columns if column not in record]:
+            faults.append(f"line {number}: no {' and no '.join(lacking)}")
+            continue
+        yield {column: record[column] for column in columns}
+    _refuse(path, faults)
 
 
-RECORDS: dict[str, Callable[[Path, Sequence[str]], Iterator[dict[str, Any]]]] = {
+RECORDS: dict[str, Callable[[str, Iterable[str], Sequence[str]], Iterator[dict[str, Any]]]] = {
     ".csv": functools.partial(_separated, separator=","),
     ".tsv": functools.partial(_separated, separator="\t"),
     ".jsonl": _json_lines,
@@ -352,7 +355,7 @@ def _decodes(data: bytes) -> bool:
     return False
 
 
-def _without_nul(path: Path, lines: Iterable[str]) -> Iterator[str]:
+def _without_nul(path: str, lines: Iterable[str]) -> Iterator[str]:
     for number, line in enumerate(lines, start=1):
         if "\0" in line:
             raise UserError(f"{path}: line {number}: not a text file")

@@ -11,6 +11,7 @@ from typing import Any
 
 from delora import storage
 from delora.config import did_you_mean
+from delora.data.files import RECORDS, kind_of, records
 from delora.errors import UserError
 from delora.predict import Predictions
 from delora.terminal import printable
@@ -19,10 +20,10 @@ STANDARD = "-"  # input or output, for a file's name
 
 
 def read(path: str, columns: Sequence[str]) -> list[tuple[str, ...]]:
-    """The texts of a file, a tuple a row, by its suffix: .csv, .tsv, .jsonl, .parquet; others hold a text a line.
+    """The texts of a file, a tuple a row, by its suffix: tables as `delora.data.files` reads them, or .parquet; others
+    hold a text a line.
 
-    Of standard input, "-", and with columns: JSON lines where it begins with {, else CSV. Fields of .tsv files stand as
-    they are, without quotes, as GLUE's. Blank lines between the rows of tables are skipped.
+    Of standard input, "-", and with columns: JSON lines where it begins with {, else CSV.
 
     Args:
         columns: those of the texts, in the order that the encoder gets them; none for a text a line.
@@ -30,20 +31,22 @@ def read(path: str, columns: Sequence[str]) -> list[tuple[str, ...]]:
     Raises:
         UserError: the file cannot be read, is empty, or holds a row without the texts; with its line.
     """
-    suffix = Path(path).suffix.lower()
-    if suffix == ".parquet":
+    kind = kind_of(Path(path))
+    if kind == ".parquet":
         rows = list(_of_parquet(path, columns))
+    elif kind in RECORDS:
+        rows = list(_of_records(path, records(Path(path), columns), columns))
     else:
         text = decode(path, _content(path))
-        if suffix in (".jsonl", ".json") or (path == STANDARD and columns and text.lstrip().startswith("{")):
-            rows = list(_of_json(path, text, columns))
-        elif suffix in (".csv", ".tsv") or (path == STANDARD and columns):
-            lines = of_tsv(text) if suffix == ".tsv" else of_csv(path, text)
-            rows = [row for _, row in of_table(path, lines, columns, whole=True)]
+        lines = io.StringIO(text, newline=None)
+        if path == STANDARD and columns:
+            kind = ".jsonl" if text.lstrip().startswith("{") else ".csv"
+            rows = list(_of_records(path, RECORDS[kind](path, io.StringIO(text, newline=""), columns), columns))
         elif columns:
-            raise UserError(f"{printable(path)}: --text is for .csv, .tsv, .jsonl and .parquet; this is a text a line")
+            known = ", ".join([*RECORDS, ".parquet"])
+            raise UserError(f"{printable(path)}: --text is for {known}; this is a text a line")
         else:
-            rows = [(line.rstrip("\n"),) for line in io.StringIO(text, newline=None)]
+            rows = [(line.rstrip("\n"),) for line in lines]
     if not rows:
         raise UserError(f"{printable(path)}: holds no row")
     return rows
@@ -74,21 +77,6 @@ def decode(path: str, data: bytes) -> str:
 Lines = Iterator[tuple[int, list[str]]]  # the number of its first line, and the fields of a row
 
 
-def of_csv(path: str, text: str) -> Lines:
-    """Rows of comma-separated text whose fields may stand in quotes."""
-    csv.field_size_limit(sys.maxsize)
-    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
-    line = 1
-    try:
-        for fields in reader:
-            if fields:
-                yield line, fields
-            line = reader.line_num + 1
-    except csv.Error as error:
-        told = "a quote is never closed" if "unexpected end" in str(error) else str(error)
-        raise UserError(f"{printable(path)}, line {line}: {told}") from None
-
-
 def of_tsv(text: str) -> Lines:
     """Rows of tab-separated text, in which quotes stand for themselves."""
     for number, line in enumerate(io.StringIO(text, newline=None), start=1):
@@ -96,13 +84,8 @@ def of_tsv(text: str) -> Lines:
             yield number, line.rstrip("\n").split("\t")
 
 
-def of_table(
-    path: str, lines: Lines, columns: Sequence[str], whole: bool = False
-) -> Iterator[tuple[int, tuple[str, ...]]]:
+def of_table(path: str, lines: Lines, columns: Sequence[str]) -> Iterator[tuple[int, tuple[str, ...]]]:
     """The chosen columns of rows below a header, each row with its line.
-
-    Args:
-        whole: whether each row must have as many fields as the header, not only those that are chosen.
 
     Raises:
         UserError: there is no such column, or a row lacks a field.
@@ -111,7 +94,7 @@ def of_table(
     number, header = next(lines, (1, []))
     places = [header.index(_column(f"{path}, line {number}", column, header)) for column in columns]
     for number, fields in lines:
-        if len(fields) != len(header) and (whole or len(fields) <= max(places)):
+        if len(fields) <= max(places):
             lacking = [column for column, place in zip(columns, places, strict=True) if place >= len(fields)]
             named = f", none is {' or '.join(lacking)}" if lacking else ""
             told = f"{len(fields)} fields{named}, the header has {len(header)}"
@@ -130,18 +113,17 @@ def _column(place: str, column: str, header: Sequence[str]) -> str:
     raise UserError(printable(f"{place}: {told}"))
 
 
-def _of_json(path: str, text: str, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
+def _of_records(path: str, found: Iterator[dict[str, Any]], columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
     _need_columns(path, columns)
-    for number, line in enumerate(io.StringIO(text, newline=None), start=1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UserError(printable(f"{path}, line {number}: no JSON: {error}")) from None
-        if not isinstance(row, dict):
-            raise UserError(f"{printable(path)}, line {number}: expected an object, {{...}}")
-        yield tuple(_text(f"{path}, line {number}", column, row) for column in columns)
+    try:
+        if not (names := list(next(found, {}))):
+            raise UserError(f"{printable(path)}: the file is empty")
+        for column in columns:
+            _column(f"{path}, line 1", column, names)
+        for number, record in enumerate(found, start=1):
+            yield tuple(_text(f"{path}, row {number}", column, record) for column in columns)
+    except OSError as error:
+        raise UserError(f"{printable(path)}: cannot be read: {error.strerror or error}") from None
 
 
 def _of_parquet(path: str, columns: Sequence[str]) -> Iterator[tuple[str, ...]]:
