@@ -11,7 +11,7 @@ import operator
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -387,6 +387,11 @@ class Trial(Section):
     def resolved(self) -> dict[str, Any]:
         """All values as plain data, for config.yaml and result.json; `from_config` reads it back."""
         return self.model_dump(mode="json", by_alias=True, exclude_unset=True)
+
+    @property
+    def facts(self) -> Task:
+        """What is known of its task, and of one's own the columns of its rows."""
+        return replace(self.task.facts, text=self.data.text) if self.data.text else self.task.facts
 
     @property
     def rate(self) -> float:

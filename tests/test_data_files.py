@@ -386,7 +386,10 @@ def test_task_and_method_of_one_s_own_live_in_folders_of_one_s_own(tmp_path):
     try:
         from my_methods import Twice  # type: ignore[import-not-found]
 
-        assert delora.load(found["twice"].folder, methods=[Twice]).count()["adapter"] > 0
+        model = delora.load(found["twice"].folder, methods=[Twice])
+        assert model.predict(["a film"]).names == ("neg", "pos")
+        with pytest.raises(UserError, match="two texts, films takes one text a row"):
+            model.predict([("a film", "another")])
     finally:
         sys.path.remove(str(tmp_path))
     assert "films" in run("delora.report.cli", str(tmp_path / "outputs" / "mine"), "--only", "table")

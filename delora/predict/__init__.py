@@ -94,7 +94,7 @@ def predict(
     from delora.data import Rows
     from delora.data.batches import Tokens
 
-    task, tokenizer = fleet.trials[0].task.facts, fleet.tokenizer
+    task, tokenizer = fleet.trials[0].facts, fleet.tokenizer
     if tokenizer is None:
         raise UserError("a model without a tokenizer cannot read texts: delora.load gives one with it")
     rows = as_rows(task, texts)

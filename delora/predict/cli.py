@@ -159,7 +159,7 @@ def _with_trials(device: str) -> "Callable[[Sequence[StoredTrial], list[tuple[st
         from delora.predict import as_rows
         from delora.predict import predict as predict_rows
 
-        texts = as_rows(Trial.from_config(trials[0].result["config"]).task.facts, rows)
+        texts = as_rows(Trial.from_config(trials[0].result["config"]).facts, rows)
         console = Console(stderr=True)
         columns = TextColumn("texts"), Bar(), MofNCompleteColumn(), TimeRemainingColumn()
         made = []
