@@ -392,4 +392,5 @@ def test_task_and_method_of_one_s_own_live_in_folders_of_one_s_own(tmp_path):
             model.predict([("a film", "another")])
     finally:
         sys.path.remove(str(tmp_path))
-    assert "films" in run("delora.report.cli", str(tmp_path / "outputs" / "mine"), "--only", "table")
+    told = run("delora.report.cli", str(tmp_path / "outputs" / "mine"), "--only", "table")
+    assert "films" in told and "Split: the data's own test rows" in told and "macro_f1" in told

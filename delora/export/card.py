@@ -7,9 +7,11 @@ from delora.storage import Result
 from delora.tasks import TASKS, Task
 
 HUB_METRICS = {"matthews": "matthews_correlation", "pearson": "pearsonr", "spearman": "spearmanr"}
+HALF = "validation, the half that did not choose (test)"
 PROTOCOLS = {
     "paper": "Half of the task's validation rows, split by the seed, chose the epoch (validation), the others are what "
     "is reported (test). The task's own test rows were not used.",
+    "test": "The validation rows chose the epoch, the data's test rows are what is reported.",
     "standard": "The task's validation rows chose the epoch and are what is reported, which flatters the score.",
 }
 
@@ -42,7 +44,7 @@ def text(fleet: Fleet, format: str, name: str) -> str:
         "```python",
         *(_transformers_usage(name) if format == "transformers" else _peft_usage(fleet, name)),
         "```",
-        *(_scores(result, trial.protocol.name) if result else []),
+        *(_scores(result, trial.protocol.name, bool(trial.data.test)) if result else []),
         *(_made_by(result) if result else []),
     ]
     return f"---\n{_front_matter(fleet, format, name, result, task)}\n---\n\n" + "\n".join(lines) + "\n"
@@ -87,7 +89,7 @@ def _peft_usage(fleet: Fleet, name: str) -> list[str]:
     ]
 
 
-def _scores(result: Result, protocol: str) -> list[str]:
+def _scores(result: Result, protocol: str, own_test: bool) -> list[str]:
     best = result["best"]
     if best is None:
         return []
@@ -98,8 +100,9 @@ def _scores(result: Result, protocol: str) -> list[str]:
         for metric in names
     ]
     heading = [f"| | {' | '.join(parts)} |", f"|---|{'---:|' * len(parts)}"]
+    how = PROTOCOLS["test"] if own_test else f"Protocol {protocol}: {PROTOCOLS[protocol]}"
     told = f"Epoch {best['epoch']} of {result['epochs']}, the best by {result['headline']} on validation."
-    return ["", "## Scores", "", *heading, *rows, "", f"{told} Protocol {protocol}: {PROTOCOLS[protocol]}"]
+    return ["", "## Scores", "", *heading, *rows, "", f"{told} {how}"]
 
 
 def _number(value: float | None) -> str:
@@ -137,7 +140,7 @@ def _front_matter(fleet: Fleet, format: str, name: str, result: Result | None, t
                 dataset_type="nyu-mll/glue" if glue else task.name,
                 dataset_name=f"GLUE {task.folder}" if glue else f"{task.name}, {result['made_by']['data']['source']}",
                 dataset_config=task.name if glue else None,
-                dataset_split=f"validation, the half that did not choose ({split})" if split == "test" else split,
+                dataset_split=split if split == "validation" or trial.data.test else HALF,
                 metric_type=HUB_METRICS.get(metric, metric),
                 metric_name=metric,
                 metric_value=value,

@@ -129,7 +129,7 @@ class Panel:
 
     @property
     def split(self) -> str:
-        return "test" if self.protocol == "paper" else "validation"
+        return "validation" if self.protocol == "standard" else "test"
 
     @property
     def synthetic(self) -> bool:

@@ -17,7 +17,7 @@ from delora import storage
 from delora.config import show
 from delora.report import statistics
 from delora.report.statistics import Curve, Estimate, Panel, Robustness
-from delora.report.trials import Collection, Trial, label_order, looks
+from delora.report.trials import TEST_ROWS, Collection, Trial, label_order, looks
 from delora.tasks import TASKS
 from delora.terminal import counted, printable
 
@@ -34,6 +34,7 @@ METRICS = {
 SPLITS = {
     "paper": "test half of the public validation set, split by the run's seed",
     "standard": "the public validation set, which also chose the checkpoint",
+    TEST_ROWS: "the data's own test rows; validation chose the checkpoint",
 }
 
 
@@ -254,6 +255,13 @@ def _published(tasks: list[str], models: Sequence[str]) -> Table:
     return Table("published", title, notes, columns, _published_rows(tasks), aside=True)
 
 
+def _split(panel: Panel) -> str:
+    told = SPLITS.get(panel.protocol, panel.protocol)
+    if panel.trials[0].config["data"]["name"] == "files":
+        told = told.replace("public ", "")
+    return told if panel.protocol == TEST_ROWS else f"{told} (protocol={panel.protocol})"
+
+
 def _score_notes(group: Sequence[Panel]) -> str:
     trials = [trial for panel in group for trial in panel.trials]
     metrics = {panel.facts.folder: METRICS.get(panel.facts.headline, panel.facts.headline) for panel in group}
@@ -262,7 +270,7 @@ def _score_notes(group: Sequence[Panel]) -> str:
     data = f"{group[0].data}, not GLUE's" if group[0].synthetic else group[0].data.replace("glue", "GLUE", 1)
     text = (
         f"Encoder {group[0].model}; data {data}. "
-        f"Split: {SPLITS.get(group[0].protocol, group[0].protocol)} (protocol={group[0].protocol}). "
+        f"Split: {_split(group[0])}. "
         f"Metric, in percent: {_by_task(metrics)}; of the checkpoint that is best on validation, at the learning rate "
         f"with {_selection(group)}. Mean ± sample standard deviation over n seeds "
         f"({_listed(trial.seed for trial in trials)}). "
