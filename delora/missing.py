@@ -53,7 +53,8 @@ def _own(trial: Trial) -> Trial:
     given = trial.task.model_dump(exclude_unset=True)
     task, sha256 = _described(trial.data, TaskConfig(**given))
     if trial.data.sha256 not in (None, sha256):
-        raise UserError(f"data.sha256: the rows have {sha256}, the config says {trial.data.sha256}")
+        told = f"data.sha256: the rows have {sha256}, the config says {trial.data.sha256}"
+        raise UserError(f"{told}; data.sha256=null takes them as they are")
     return trial.model_copy(update={"task": task, "data": trial.data.model_copy(update={"sha256": sha256})})
 
 
@@ -64,9 +65,9 @@ def _described(rows: DataConfig, task: TaskConfig) -> tuple[TaskConfig, str]:
     from delora.data import files
 
     places = {key: value for key, value in rows.options().items() if key != "source"}
-    facts, splits, told = files.read(**places, **task.model_dump())
+    facts, splits, cut = files.read(**places, **task.model_dump())
     metrics.require(facts)
-    logger.warning("%s", told)
+    logger.warning("%s", files.describe(facts, splits, rows.label, cut))
     found = TaskConfig(
         name=facts.name,
         kind="classes" if facts.labels else "regression",

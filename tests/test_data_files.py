@@ -80,7 +80,7 @@ def test_rows_of_the_hub_and_of_its_cache(tmp_path):
     """With a configured split each; the second process has no network."""
     program = """
 from delora.data import files
-task, rows, told = files.read(name="own", train="hub:me/films", test="hub:me/films", text=["text"], label="label")
+task, rows, cut = files.read(name="own", train="hub:me/films", test="hub:me/films", text=["text"], label="label")
 print({name: len(split) for name, split in rows.items()}, rows["test"].texts[1], task.labels)
 """
     published = {
@@ -124,8 +124,9 @@ def test_a_folder_s_own_splits_are_taken(tmp_path):
 def test_what_labels_mean_is_found_out(labels, given, expected, tmp_path):
     values = [labels[i % len(labels)] for i in range(42)]
     (tmp_path / "rows.jsonl").write_text(lines([(f"text {i}", value) for i, value in enumerate(values)]))
-    task, rows, told = read(tmp_path / "rows.jsonl", validation=str(tmp_path / "rows.jsonl"), **given)
-    assert task.labels == expected and ("regression" in told) == (expected is None)
+    task, rows, cut = read(tmp_path / "rows.jsonl", validation=str(tmp_path / "rows.jsonl"), **given)
+    assert not cut and task.labels == expected
+    assert ("regression" in files.describe(task, rows, "label", cut)) == (expected is None)
     found = rows["train"].labels.tolist()
     assert (
         found == pytest.approx([float(value) for value in values])
@@ -215,8 +216,8 @@ def test_labels_that_no_training_row_has_are_refused(tmp_path):
 
 def test_rows_that_are_in_train_too_are_counted(tmp_path):
     (tmp_path / "other.csv").write_text(table([*ROWS[:3], ("new", "pos")]))
-    told = read(write("csv", tmp_path), validation=str(tmp_path / "other.csv"))[2]
-    assert "3 of 4 validation rows are training rows too" in told
+    told = files.describe(*read(write("csv", tmp_path), validation=str(tmp_path / "other.csv"))[:2], "label", False)
+    assert "3 of 4 validation rows are training rows too" in told and "neg 20, pos 20" in told
 
 
 def own_trial(train: Path, *words: str):

@@ -94,7 +94,7 @@ def read(
     kind: str | None = None,
     labels: Sequence[str] | None = None,
     metric: Sequence[str] | None = None,
-) -> tuple[Task, dict[str, Rows], str]:
+) -> tuple[Task, dict[str, Rows], bool]:
     """Reads the rows, and finds out of what task they are where that is not said.
 
     Args:
@@ -107,7 +107,7 @@ def read(
         kind, labels, metric: what is known of the task beside.
 
     Returns:
-        The task; the rows of "train", "validation" and, where there is one, "test"; what was found, for people.
+        The task; the rows of "train", "validation" and, where there is one, "test"; whether validation was cut.
 
     Raises:
         UserError: with all faults of all files, each with its file, row and column.
@@ -122,15 +122,14 @@ def read(
             faults.append(str(error))
     if faults:
         raise UserError("\n".join(faults))
-    whole = rows["train"]
-    if "validation" not in rows:
-        rows = {**rows, **_cut(whole, share, seed, bool(found))}
+    cut = "validation" not in rows
+    if cut:
+        rows |= _cut(rows["train"], share, seed, bool(found))
     if found:
         _refuse_unseen(rows, splits, found)
     metrics = tuple(metric) if metric else DEFAULT_METRICS[min(3, len(found or ()))]
     task = Task(name, found, name, text=tuple(text or ()), metrics=metrics, headline=metrics[0])
-    told = _told(task, rows, whole, label, cut="validation" not in splits)
-    return task, rows, told
+    return task, {name: rows[name] for name in NAMES if name in rows}, cut
 
 
 # --- Reading
@@ -564,15 +563,16 @@ def _refuse_unseen(rows: Mapping[str, Rows], splits: Mapping[str, _Split], label
             raise UserError(f"{place}: {split} rows have the label {names}, which no training row has")
 
 
-def _told(task: Task, rows: Mapping[str, Rows], whole: Rows, label: str | None, cut: bool) -> str:
-    """What was found, in a few lines for people; with the rows that are in train and in what scores it."""
+def describe(task: Task, rows: Mapping[str, Rows], label: str | None, cut: bool) -> str:
+    """What `read` found, in a few lines for people; with the rows that are in train and in what scores it."""
+    labels = np.concatenate([rows[name].labels for name in (("train", "validation") if cut else ("train",))])
     if task.labels:
-        counts = np.bincount(whole.labels, minlength=len(task.labels))
+        counts = np.bincount(labels, minlength=len(task.labels))
         each = ", ".join(f"{name} {count:,}" for name, count in list(zip(task.labels, counts, strict=True))[:10])
         more = ", ..." if len(task.labels) > 10 else ""
         kind = f"{len(task.labels)} classes of {label}: {each}{more}"
     else:
-        low, high = whole.labels.min(), whole.labels.max()
+        low, high = labels.min(), labels.max()
         kind = f"{label} is a number from {low:g} to {high:g}: a regression"
     sizes = ", ".join(f"{len(value):,} {name}" for name, value in rows.items())
     lines = [f"{task.name}: {sizes} rows{', validation cut from train' if cut else ''}; {kind}"]
