@@ -78,6 +78,8 @@ class Console:
     def doing(self, what: str) -> None:
         """What takes its time before a fleet's training starts: shown in the place of the bar's title."""
         self.bar.reset(self.task, total=None, description=what, state="")
+        if self.live.is_started:
+            self.live.refresh()  # imports may hold back the thread that does so by itself
 
     def begin(self, trials: Sequence[Trial], headline: str, steps: int) -> None:
         """A fleet starts training."""

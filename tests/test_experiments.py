@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from conftest import FEW, OFFLINE, SMALL, command, compose_trial
 
-from delora import overrides, storage
+from delora import overrides, storage, tasks
 from delora.cli import conf_folder
 from delora.config import ConfigError
 from delora.report import statistics
@@ -119,7 +119,7 @@ def test_table4_of_all_tasks_and_goes_on(tmp_path):
     assert re.sub(" +", " ", head) in re.sub(" +", " ", made.stdout), made.stdout
     _, *lines = (root / "report" / "scores-tiny-paper-synthetic.csv").read_text().splitlines()
     [row] = csv.DictReader(lines)
-    assert row["n"] == "2" and all(row[statistics.TASKS[task].folder] for task in TASKS)
+    assert row["n"] == "2" and all(row[tasks.TASKS[task].folder] for task in TASKS)
 
     times = {path: path.stat().st_mtime_ns for path in root.glob("*/result.json")}
     removed = found["rte", 43].folder
