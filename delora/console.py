@@ -167,7 +167,8 @@ class Console:
             return
         self.last_line = time.monotonic()
         counts = f"{self._counts()}  " if self.total > 1 else ""
-        line = f"{counts}{self._title()}  step {self.done}/{self.steps}  {self._state()}{self._left()}"
+        state = f"  {state}" if (state := self._state()) else ""
+        line = f"{counts}{self._title()}  step {self.done}/{self.steps}{state}{self._left()}"
         print(line, file=sys.stderr, flush=True)
 
     def _view(self) -> RenderableType:
