@@ -348,19 +348,16 @@ class Twice(LoRA):
 """
 
 
-def test_task_and_method_of_one_s_own_live_in_folders_of_one_s_own(tmp_path):
+def test_task_method_and_encoder_of_one_s_own_live_in_folders_of_one_s_own(tmp_path):
     """With their names from the command line to the report; the package is left alone."""
     write("csv", tmp_path)
-    for group, name, text in (
-        ("task", "films", TASK),
-        (
-            "method",
-            "twice",
-            (REPOSITORY / "conf/method/lora.yaml").read_text().replace("delora.methods.lora.LoRA", "my_methods.Twice"),
-        ),
-    ):
-        (tmp_path / "my_conf" / group).mkdir(parents=True)
-        (tmp_path / "my_conf" / group / f"{name}.yaml").write_text(text.replace("name: lora", "name: twice"))
+    lora, tiny = [(REPOSITORY / "conf" / path).read_text() for path in ("method/lora.yaml", "model/tiny.yaml")]
+    twice = lora.replace("delora.methods.lora.LoRA", "my_methods.Twice").replace("name: lora", "name: twice")
+    own = {"task/films": TASK, "method/twice": twice, "model/small": tiny.replace("name: tiny", "name: small")}
+    for name, text in own.items():
+        path = tmp_path / "my_conf" / f"{name}.yaml"
+        path.parent.mkdir(parents=True)
+        path.write_text(text)
     (tmp_path / "my_methods.py").write_text(METHOD)
     environment = {**os.environ, "PYTHONPATH": f"{REPOSITORY}:{tmp_path}", "HF_DATASETS_CACHE": str(tmp_path / "cache")}
 
@@ -368,7 +365,7 @@ def test_task_and_method_of_one_s_own_live_in_folders_of_one_s_own(tmp_path):
         command = [sys.executable, "-m", module, *words]
         return subprocess.check_output(command, text=True, cwd=tmp_path, env=environment)
 
-    small = ["model=tiny", "logger=none", "device=cpu", "epochs=1", "batch_size=8", "max_length=32"]
+    small = ["model=small", "logger=none", "device=cpu", "epochs=1", "batch_size=8", "max_length=32"]
     run("delora.cli", "--config-dir", "my_conf", "-m", "task=films", "method=twice,lora", "name=mine", *small)
     found = {trial.result["config"]["method"]["name"]: trial for trial in storage.find(tmp_path / "outputs").trials}
     assert found.keys() == {"twice", "lora"}
