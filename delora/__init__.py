@@ -1,4 +1,4 @@
-"""Compares parameter-efficient finetuning methods on GLUE."""
+"""Compares parameter-efficient finetuning methods on GLUE and on rows of one's own."""
 
 import importlib
 from typing import TYPE_CHECKING, Any

@@ -31,12 +31,13 @@ NOT_TO_CHANGE = ("_target_", "defaults", "hydra", "place", "rung", "styles", "ti
 LOWEST = -1.0  # of all headline scores: a sweeper that looks for the best stays away from trials that diverge
 
 HELP = """\
-delora-run [GROUP=OPTION ...] [KEY=VALUE ...]     trains a parameter-efficient finetuning method on a GLUE task
+delora-run [GROUP=OPTION ...] [KEY=VALUE ...]     trains a parameter-efficient finetuning method on a task
 
 Examples
   delora-run +experiment=quickstart                       MiniLM and synthetic data, no network
   delora-run task=mrpc method=delora lr=1e-3              RoBERTa-base and GLUE, from the hub or its cache
   delora-run task=rte method=lora seed=43 model=minilm data.dir=FOLDER        GLUE's official TSV files
+  delora-run task=own data=files data.train=FILE data.text=[COLUMN] data.label=COLUMN model=minilm        one's own rows
   delora-run method=lora method.rank=16 --cfg job         the config with all its keys, nothing is trained
   delora-run -m model=minilm lr=1e-3,3e-3,1e-2            a run for each value
 
