@@ -10,8 +10,9 @@ from omegaconf import OmegaConf
 
 from delora import storage, winner
 from delora.cli import conf_folder
-from delora.config import ConfigError
+from delora.config import ConfigError, look_up
 from delora.errors import UserError
+from delora.metrics import OF_CLASSES, OF_SCORES
 from delora.storage import Result, StoredTrial
 from delora.terminal import printable
 
@@ -76,6 +77,10 @@ def take(folder: str, words: Sequence[str]) -> StoredTrial:
     target, packages = str(flat.get("method._target_")), flat.get("model.package") or ()
     packages = [packages] if isinstance(packages, str) else packages
     check_source(folder, target, packages, [given.get("method._target_", "")], f"method._target_={target}")
+    metric = [name for name in look_up(values, "task.metric") or () if name not in (*OF_CLASSES, *OF_SCORES)]
+    if metric and "task.metric" not in given:  # evaluate would run its script
+        told = f"scored by {metric[0]}, which is none of delora's metrics; if you know it: task.metric=[{metric[0]}]"
+        raise UserError(printable(f"{folder}: {told}"))
     plain = yaml.safe_load((conf_folder() / "config.yaml").read_text(encoding="utf-8"))
     hydra_s = [entry for entry in plain["defaults"] if any(str(key).startswith("override hydra/") for key in entry)]
     plain |= {"defaults": ["_self_", *(entry for entry in hydra_s if isinstance(entry, dict))]}

@@ -203,14 +203,21 @@ def test_what_cannot_be_repeated_is_refused(trial, tmp_path, words, told):
 
 
 def test_a_stranger_s_folder_runs_no_code_of_its_own(trial, tmp_path):
-    for key, value in (("method._target_", "evil.Method"), ("model.package", "evil"), ("output_dir", "${oc.env:HOME}")):
+    for key, value in (
+        ("method._target_", "evil.Method"),
+        ("model.package", "evil"),
+        ("output_dir", "${oc.env:HOME}"),
+        ("task.metric", ["evil"]),
+    ):
         stored = storage.without_hashes(storage.read(trial).result)
         part, _, name = key.rpartition(".")
         (stored["config"][part] if part else stored["config"])[name] = value
         folder = tmp_path / name
         folder.mkdir()
         (folder / "result.json").write_text(json.dumps(stored))
-        with pytest.raises(UserError, match=r"no method of delora|no file of conf/model|no value of a resolved config"):
+        with pytest.raises(
+            UserError, match=r"no method of delora|no file of conf/model|no value of a resolved|none of delora's"
+        ):
             again.take(str(folder), [])
     assert "evil" not in sys.modules
 
