@@ -97,6 +97,13 @@ print({name: len(split) for name, split in rows.items()}, rows["test"].texts[1],
     assert run(hub.address) == found
 
 
+@pytest.mark.parametrize("name", ["films.csv.parquet", "films.csv"])
+def test_a_name_that_holds_another_kind_s_suffix_misleads_nobody(name, tmp_path):
+    write("parquet" if name.endswith("parquet") else "folder", tmp_path).rename(tmp_path / name)
+    _, rows, _ = read(tmp_path / name, validation=str(write("csv", tmp_path)))
+    assert list(rows["train"].texts) == [(text,) for text, _ in ROWS]
+
+
 def test_a_folder_s_own_splits_are_taken(tmp_path):
     rows = datasets.load_from_disk(str(write("folder", tmp_path)))
     datasets.DatasetDict({"train": rows, "dev": rows.select(range(8)), "test": rows.select(range(4))}).save_to_disk(

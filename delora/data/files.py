@@ -419,7 +419,7 @@ def _checked(place: str, table: "datasets.Dataset", text: tuple[str, ...], label
     """The rows of a table. Raises UserError where a text is none, or a label is lacking."""
     if len(table) == 0:
         raise UserError(f"{place}: no rows")
-    of_json = not place.startswith(HUB) and any(suffix.lower() in RECORDS for suffix in Path(place).suffixes)
+    of_json = kind_of(Path(place)) in RECORDS and Path(place).expanduser().is_file()
     labels: list[Any] = []
     faults: list[str] = []
     for first in range(0, len(table), CHUNK):
