@@ -50,7 +50,7 @@ def score(
     """
     if predictions.shape != labels.shape or len(labels) == 0:
         raise ValueError(f"predictions of shape {predictions.shape} for labels of shape {labels.shape}")
-    if task.metrics == getattr(TASKS.get(task.name), "metrics", None):
+    if task.name in TASKS:
         return _values(task, predictions, labels, logits)
     found: dict[str, float] = metric(task).compute(predictions=predictions, references=labels, logits=logits)
     return found
@@ -132,21 +132,17 @@ def metric(task: Task) -> "evaluate.Metric":
 def _of_evaluate(name: str) -> "evaluate.EvaluationModule":
     """Raises UserError where `evaluate` finds no metric of that name."""
     import evaluate
-    from datasets import config
 
-    from delora.data.hub import why_unreachable
+    from delora.data.hub import from_cache_where_offline, why_unreachable
 
-    offline, before = why_unreachable(), config.HF_HUB_OFFLINE
     try:
-        config.HF_HUB_OFFLINE = before or offline is not None
-        return evaluate.load(name)
+        with from_cache_where_offline():
+            return evaluate.load(name)
     except Exception as error:  # network, hub, disk, and whatever a script raises while it is imported
         why = str(error).splitlines()[0]
-        if offline and not Path(name).exists():
+        if (offline := why_unreachable()) and not Path(name).exists():
             why = f"not in its cache, and the hub cannot be reached ({offline})"
         raise UserError(f"task.metric={name}: evaluate has no such metric here: {why}") from error
-    finally:
-        config.HF_HUB_OFFLINE = before
 
 
 def _values(
@@ -193,12 +189,13 @@ def _value(name: str, task: Task, predictions: np.ndarray, labels: np.ndarray, l
 
 def _roc_auc(labels: np.ndarray, logits: np.ndarray | None) -> float:
     """Of two classes the second's; of more the mean of each against the rest. NaN where a class is not there."""
-    import scipy.special
     from sklearn.metrics import roc_auc_score
+
+    from delora.predict import softmax
 
     if logits is None or not np.isfinite(logits).all() or len(np.unique(labels)) < logits.shape[1]:
         return math.nan
-    chances = scipy.special.softmax(logits.astype(np.float64), axis=1)
+    chances = softmax(logits)
     return float(roc_auc_score(labels, chances[:, 1] if chances.shape[1] == 2 else chances, multi_class="ovr"))
 
 

@@ -559,7 +559,7 @@ def _values(configs: Sequence[dict]) -> dict[tuple, dict[str, set[str]]]:
 
 
 def _is_axis(key: str) -> bool:
-    return any(key == axis or key.startswith(f"{axis}.") for axis in (*AXES, *NOT_THE_TRIAL))
+    return storage.is_of(key, (*AXES, *NOT_THE_TRIAL))
 
 
 def _listed(values: set[str]) -> str:

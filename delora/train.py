@@ -339,25 +339,27 @@ def _scores(fleet: Fleet, data: Data, alive: list[bool], epoch: int, step: int) 
     distances = {name: d.tolist() for name, d in fleet.distances().items()}
     strengths = {name: s.tolist() for name, s in fleet.strengths().items()}
     changes = {name: c.tolist() for name, c in output_changes(fleet, data).items()}
+    logits = {trial: logits_KSC[trial].cpu() for trial in range(len(alive)) if alive[trial]}
+    labels_KS = labels_KS.cpu()
     return {
         trial: {
             "epoch": epoch,
             "step": step,
             "loss": loss_K[trial],
-            "metrics": _score(data.task, logits_KSC[trial], labels_KS[trial]),
+            "metrics": _score(data.task, logits_SC, labels_KS[trial]),
             "distance": {name: d[trial] for name, d in distances.items()},
             "lambda": {name: s[trial] for name, s in strengths.items()},
             "change": {name: c[trial] for name, c in changes.items()},
-            "logits": logits_KSC[trial].cpu(),
+            "logits": logits_SC,
         }
-        for trial in range(len(alive))
-        if alive[trial]
+        for trial, logits_SC in logits.items()
     }
 
 
 def _score(task: Task, logits_SC: Tensor, labels_S: Tensor) -> dict[str, float]:
+    """The task's metrics of logits and labels that are on the CPU."""
     predictions = logits_SC[:, 0] if task.labels is None else logits_SC.argmax(-1)
-    return score(task, predictions.cpu().numpy(), labels_S.cpu().numpy(), logits_SC.float().cpu().numpy())
+    return score(task, predictions.numpy(), labels_S.numpy(), logits_SC.float().numpy())
 
 
 def _better(new: Score, best: Score | None, headline: str) -> bool:
@@ -389,10 +391,10 @@ def _score_final(fleet: Fleet, data: Data, state: State) -> None:
 
     def score_rows(tokens: Tokens, index_KS: Tensor, name: str) -> dict[int, dict[str, float]]:
         logits_KSC = predict(fleet, tokens, index_KS, batch_size)
-        labels_KS = tokens.labels_S[index_KS.to(fleet.device)]
+        labels_KS = tokens.labels_S.cpu()[index_KS]
         for k in best:
             outcomes[k].predictions[name] = logits_KSC[k].cpu()
-        return {k: _score(data.task, logits_KSC[k], labels_KS[k]) for k in best}
+        return {k: _score(data.task, outcomes[k].predictions[name], labels_KS[k]) for k in best}
 
     def mismatched() -> dict[int, float]:
         assert data.mismatched is not None

@@ -101,7 +101,7 @@ def results(folder: str | Path) -> "pandas.DataFrame":
     configs: list[dict[str, Any]] = [row.pop("config") for row in rows]
     taken = {*("name", "task.name", "method.name", "model.name", "data.name", "protocol.name"), *rows[0]}
     for key in dict.fromkeys(key for config in configs for key in config):
-        if key not in taken and not _is_of(key, NOT_THE_TRIAL) and len({str(c.get(key)) for c in configs}) > 1:
+        if key not in taken and not storage.is_of(key, NOT_THE_TRIAL) and len({str(c.get(key)) for c in configs}) > 1:
             for row, config in zip(rows, configs, strict=True):
                 row[key] = config.get(key)
     return pandas.DataFrame(rows)
@@ -243,9 +243,5 @@ def _rank(one: Best) -> tuple[Any, ...]:
 def _identity(trial: StoredTrial) -> str:
     """What the trials of one config have in common: all but the seed, and the encoder's weights."""
     config = storage.flatten(trial.result["config"])
-    kept = {key: value for key, value in config.items() if not _is_of(key, (*NOT_THE_TRIAL, "seed"))}
+    kept = {key: value for key, value in config.items() if not storage.is_of(key, (*NOT_THE_TRIAL, "seed"))}
     return json.dumps([kept, trial.result["made_by"]["weights"]["sha256"]], sort_keys=True)
-
-
-def _is_of(key: str, groups: Iterable[str]) -> bool:
-    return any(key == group or key.startswith(f"{group}.") for group in groups)

@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,16 @@ def load(
     if (splits := glue.read_cache(task)) is not None:
         return _dataset(task, splits, "cache")
     return _dataset(task, glue.fetch(task), "hub")
+
+
+def undecodable_line(lines: Iterable[bytes]) -> int:
+    """The number of the first line that is not UTF-8."""
+    for number, line in enumerate(lines, start=1):
+        try:
+            line.decode()
+        except UnicodeDecodeError:
+            return number
+    return 1
 
 
 def missing(task: Task, *, source: str = "auto", dir: str | None = None) -> str | None:

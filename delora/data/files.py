@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING, Any, overload
 import numpy as np
 
 from delora.config import did_you_mean
-from delora.data import Rows
-from delora.data.hub import why_unreachable
+from delora.data import Rows, undecodable_line
+from delora.data.hub import from_cache_where_offline, why_unreachable
 from delora.errors import UserError
 from delora.tasks import Task
 
@@ -340,18 +340,11 @@ def _opened(path: Path) -> Iterator[Iterable[str]]:
             yield file
     except UnicodeDecodeError as error:
         with gzip.open(path) if packed else path.open("rb") as binary:
-            line = next((n for n, data in enumerate(binary, start=1) if not _decodes(data)), 1)
+            line = undecodable_line(binary)
         mend = f"iconv -f latin1 -t utf-8 {path} > utf8{path.suffix}"
         raise UserError(f"{path}: line {line}: not UTF-8; if it is Latin-1: {mend}") from error
     except gzip.BadGzipFile as error:
         raise UserError(f"{path}: not a gzip file: {error}") from error
-
-
-def _decodes(data: bytes) -> bool:
-    with contextlib.suppress(UnicodeDecodeError):
-        data.decode()
-        return True
-    return False
 
 
 def _without_nul(path: str, lines: Iterable[str]) -> Iterator[str]:
@@ -382,16 +375,13 @@ def _from_hub(place: str, split: str, optional: bool) -> "datasets.Dataset | Non
     repository = re.fullmatch(r"([\w.-]+/[\w.-]+)(?:/([\w.-]+))?", place.removeprefix(HUB))
     if not repository:
         raise UserError(f"data.{split}={place}: expected {HUB}ORG/NAME or {HUB}ORG/NAME/CONFIG")
-    offline = why_unreachable()
-    before = datasets.config.HF_HUB_OFFLINE
     try:
-        datasets.config.HF_HUB_OFFLINE = before or offline is not None  # then its cache answers at once
-        found = datasets.load_dataset(repository[1], repository[2])
+        with from_cache_where_offline():
+            found = datasets.load_dataset(repository[1], repository[2])
     except Exception as error:  # network, hub, disk and format each have exceptions of their own
+        offline = why_unreachable()
         why = f"not in the cache, and the hub cannot be reached ({offline})" if offline else _cause(error)
         raise UserError(f"data.{split}={place}: {why}") from error
-    finally:
-        datasets.config.HF_HUB_OFFLINE = before
     return _of(found, place, split, optional)
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from huggingface_hub import constants
 
-from delora.data import Rows
+from delora.data import Rows, undecodable_line
 from delora.data.hub import why_unreachable
 from delora.errors import UserError
 from delora.tasks import Task
@@ -132,18 +132,11 @@ def _lines(path: Path) -> Iterator[tuple[int, str]]:
                     raise UserError(f"{path}: line {number}: {binary}")
                 yield number, line
     except UnicodeDecodeError:
-        raise UserError(f"{path}: line {_first_undecodable_line(path)}: {binary}") from None
+        with path.open("rb") as raw:
+            wrong = undecodable_line(raw)
+        raise UserError(f"{path}: line {wrong}: {binary}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from error
-
-
-def _first_undecodable_line(path: Path) -> int:
-    data = path.read_bytes()
-    try:
-        data.decode()
-    except UnicodeDecodeError as error:
-        return data.count(b"\n", 0, error.start) + 1
-    return 1
 
 
 def _columns(task: Task, path: Path, lines: Iterator[tuple[int, str]]) -> list[int]:

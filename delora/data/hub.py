@@ -1,7 +1,9 @@
 """Whether the Hugging Face hub can be used, found out in seconds whatever the network does."""
 
+import contextlib
 import functools
 import threading
+from collections.abc import Iterator
 
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session
@@ -20,6 +22,19 @@ def why_unreachable() -> str | None:
     thread.start()
     thread.join(LIMIT_SECONDS)
     return answer[-1] or None
+
+
+@contextlib.contextmanager
+def from_cache_where_offline() -> Iterator[None]:
+    """Where the hub cannot be reached, has the caches of `datasets` and `evaluate` answer at once."""
+    from datasets import config
+
+    before = config.HF_HUB_OFFLINE
+    config.HF_HUB_OFFLINE = before or why_unreachable() is not None
+    try:
+        yield
+    finally:
+        config.HF_HUB_OFFLINE = before
 
 
 def hub_is_reachable() -> bool:

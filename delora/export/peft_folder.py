@@ -667,7 +667,7 @@ def begin(fleet: Fleet, adapter: Adapter) -> storage.Origin:
                     _cut(own[fixed].to(ours), ours, name, adapter.folder), ours, rtol=0.02, atol=1e-6
                 ):
                     raise UserError(f"{key}: its random matrices are others (method.projection_seed)")
-    head = {n: fleet.base.state_dict()[n] for n in fleet.base.state_dict() if n.rpartition(".")[0] in fleet.head_names}
+    head = {n: t for n, t in fleet.base.state_dict().items() if n.rpartition(".")[0] in fleet.head_names}
     odd = sorted(adapter.whole.keys() - head.keys())
     if odd:
         raise UserError(f"{key}: it trains {', '.join(odd[:4])} too, which stay frozen here")

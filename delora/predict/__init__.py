@@ -65,8 +65,9 @@ class Predictions:
 
 def softmax(logits_SC: np.ndarray) -> np.ndarray:
     """Probabilities (S, C), float64."""
-    powers_SC = np.exp(logits_SC.astype(np.float64) - logits_SC.max(-1, keepdims=True))
-    return powers_SC / powers_SC.sum(-1, keepdims=True)
+    import scipy.special
+
+    return scipy.special.softmax(logits_SC.astype(np.float64), axis=-1)
 
 
 def mean(several: Iterable[Predictions]) -> Predictions:

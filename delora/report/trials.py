@@ -240,7 +240,7 @@ def _trial(stored: storage.StoredTrial, evaluations: Sequence[storage.Evaluation
         settings={
             key: value
             for key, value in storage.flatten(config).items()
-            if not any(key == part or key.startswith(f"{part}.") for part in (*PLACE, *NOT_THE_TRIAL))
+            if not storage.is_of(key, (*PLACE, *NOT_THE_TRIAL))
         },
     )
 

@@ -36,6 +36,7 @@ from delora.storage.schema import (
     Tokens,
     differences,
     flatten,
+    is_of,
     without_hashes,
 )
 from delora.storage.writing import WAYS_ON, ConfigChanged, InUse, TrialFolder, open_trial, set_aside
@@ -73,6 +74,7 @@ __all__ = [
     "find",
     "finished",
     "flatten",
+    "is_of",
     "open_trial",
     "provenance",
     "read",

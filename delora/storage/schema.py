@@ -4,7 +4,7 @@ import functools
 import hashlib
 import json
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NotRequired, cast
 
 from typing_extensions import TypedDict
@@ -212,9 +212,14 @@ def plain(value: Any) -> Any:
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], ignore: Collection[str] = ()) -> list[str]:
     """Lines "  key: old → new" of the dotted keys in which two configs differ."""
     old, new = flatten(old), flatten(new)
-    keys = [key for key in {**old, **new} if not any(key == i or key.startswith(f"{i}.") for i in ignore)]
+    keys = [key for key in {**old, **new} if not is_of(key, ignore)]
     pairs = [(key, old.get(key, "(absent)"), new.get(key, "(absent)")) for key in keys]
     return [f"  {key}: {before} → {after}" for key, before, after in pairs if before != after]
+
+
+def is_of(key: str, groups: Iterable[str]) -> bool:
+    """Whether a dotted key is one of the groups, or in one."""
+    return any(key == group or key.startswith(f"{group}.") for group in groups)
 
 
 def flatten(nested: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
