@@ -54,6 +54,7 @@ Flags
   --again FOLDER    repeat the trial in FOLDER from its stored config, KEY=VALUE changed, as <its name>-again
   --cfg job         print the config and stop; with --resolve, values instead of references
   -m, --multirun    run all combinations of values with commas between them
+  --worker SWEEP    take fleets of a sweep in OUTPUT_DIR that an engine's command has handed out, until none is free
   --version         the versions of delora and of what it stands on
   -sc install=bash  what completes words in bash: eval "$(delora-run -sc install=bash)"
   --hydra-help      Hydra's other flags
@@ -88,6 +89,8 @@ def _run() -> int:
     if "--version" in sys.argv[1:]:
         print(_versions())
         return 0
+    if "--worker" in sys.argv[1:]:
+        return _work()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # else it is ignored, as under nohup
         signal.signal(signal.SIGINT, _leave)
     try:
@@ -102,6 +105,20 @@ def _run() -> int:
         print(INTERRUPTION, file=sys.stderr)
         return getattr(interruption, "status", INTERRUPTED)
     return outcome.status
+
+
+def _work() -> int:
+    """Takes fleets of a sweep, as the workers of engines do."""
+    from delora.worker import work
+
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", handlers=[ToStandardError()])
+    try:
+        return work([word for word in sys.argv[1:] if word != "--worker"])
+    except (UserError, OSError) as error:
+        return _tell(error)
+    except KeyboardInterrupt as interruption:
+        print("delora-run: interrupted; another worker goes on from the last checkpoint", file=sys.stderr)
+        return getattr(interruption, "status", INTERRUPTED)
 
 
 def _leave(*_: object) -> None:
@@ -291,6 +308,12 @@ def train(trials: "Sequence[Trial]", sweep: bool = True) -> list[float | None]:
     from delora.sweep import run
 
     results = run(trials)
+    if trials[0].detach and None in results:
+        folder = trials[0].folder.parent
+        print(
+            f"handed out; how far it is: delora-status {folder}, results: the same command, or delora-report {folder}"
+        )
+        return [None] * len(trials)
     print_results(trials, results)
     if outcome.repeats and results[0] and not sweep:
         from delora.again import say_differences
@@ -332,7 +355,7 @@ def _help() -> str:
     text = (conf_folder() / "config.yaml").read_text(encoding="utf-8")
     defaults = dict(re.findall(r"^  - (\w+): (\w+)$", text, re.MULTILINE))
     groups = [line for group, default in defaults.items() for line in _help_on_group(group, default)]
-    more = [line for group in ("method", "model", "data", "logger") for line in _help_on_keys(group)]
+    more = [line for group in ("method", "model", "data", "logger", "engine") for line in _help_on_keys(group)]
     return HELP.format(groups="\n".join(groups), keys="\n".join(_columns(_keys(text))), more_keys="\n".join(more))
 
 

@@ -32,7 +32,7 @@ ROWS = ("data.train", "data.validation", "data.test")  # where one's own rows ar
 NOT_THE_TRIAL = (
     *("name", "sweep", "output_dir", "logger", "device", "compile", "log_every", "data.dir", "method.start"),
     *ROWS,
-    *("fleet", "on_error", "resume", "plan"),
+    *("fleet", "on_error", "resume", "plan", "engine", "detach"),
 )
 # Keys that are there for `Trial.rate` and `Trial.lambda_rate`, or for values that follow from them.
 RATES = ("lr", "lr_factor", "lr_factor_on", "method.base_lr", "method.weight_decay", "method.lambda_lr")
@@ -317,6 +317,38 @@ class FleetConfig(Section):
     checkpoint_seconds: NotNegative
 
 
+class EngineConfig(Section):
+    """Who runs fleets, with its options. The options named here are checked; an engine may have others."""
+
+    model_config = ConfigDict(extra="allow")
+
+    target: Annotated[str, AfterValidator(_target), Field(alias="_target_")]
+    name: FolderName
+    workers: Whole | None = None
+    per_gpu: Annotated[int, Field(ge=1, le=100)] = 1
+    gpu_memory: Positive | None = None
+
+    minutes: Given[Whole] = None
+    timeouts: Given[Annotated[int, Field(ge=0, le=10_000)]] = None
+    notice: Given[Whole] = None
+    partition: Text | None = None
+    gres: Text | None = None
+    cpus: Whole | None = None
+    mem: Text | None = None
+    account: Text | None = None
+    qos: Text | None = None
+    constraint: Text | None = None
+    setup: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+    sbatch: dict[str, Any] | None = None
+    address: Given[Text] = None
+    gpus: Given[NotNegative] = None
+    retries: Given[Annotated[int, Field(ge=0, le=10_000)]] = None
+
+    def own(self) -> dict[str, Any]:
+        """The engine's own options."""
+        return self.model_dump(exclude={"target", "name", "workers", "per_gpu", "gpu_memory"}, exclude_unset=True)
+
+
 class Trial(Section):
     """The config of one trial, checked and frozen. conf/config.yaml says what each key means."""
 
@@ -348,6 +380,8 @@ class Trial(Section):
     data: DataConfig
     protocol: ProtocolConfig
     logger: LoggerConfig
+    engine: EngineConfig | None = None  # results of earlier versions have none
+    detach: bool = False
 
     @model_validator(mode="before")
     @classmethod
@@ -383,6 +417,16 @@ class Trial(Section):
             faults += [fault for fault in found if fault.key not in known]
         faults += _misfits(_Valid(plain, faults))
         return (None, _without_echoes(faults, config)) if faults else (trial, [])
+
+    def changed(self, values: Mapping[str, Any]) -> Self:
+        """The trial with valid values for some dotted keys, which are not checked again."""
+        top = {key: value for key, value in values.items() if "." not in key}
+        parts: dict[str, dict[str, Any]] = {}
+        for key in values.keys() - top.keys():
+            part, _, name = key.partition(".")
+            parts.setdefault(part, {})[name] = values[key]
+        sections = {part: getattr(self, part).model_copy(update=own) for part, own in parts.items()}
+        return self.model_copy(update={**top, **sections})
 
     def resolved(self) -> dict[str, Any]:
         """All values as plain data, for config.yaml and result.json; `from_config` reads it back."""

@@ -49,6 +49,8 @@ class Console:
         self.steps, self.done = 1, 0
         self.loss: float | None = None
         self.start: float | None = None
+        self.running: Sequence[tuple[Mapping[str, Any], Sequence[Trial]]] = ()
+        self.alive: Sequence[str] = ()
         self.last_line, self.told = -math.inf, set[str]()
         self.bar = Progress(
             TextColumn("{task.description}"),
@@ -74,6 +76,29 @@ class Console:
             self.live.stop()
 
     # --- What happens
+
+    def tell(self) -> dict[str, Any]:
+        """How far the fleet is, for others: what a worker's claim says."""
+        best = {trial.folder.name: self.best[trial.folder] for trial in self.fleet if trial.folder in self.best}
+        known = {"step": self.done, "steps": self.steps, "best": best} if self.fleet else {}
+        return {"doing": str(self.bar.tasks[0].description), **known}
+
+    def workers(self, running: Sequence[tuple[Mapping[str, Any], Sequence[Trial]]], alive: Sequence[str]) -> None:
+        """What workers do, as seen from the command that started them.
+
+        Args:
+            running: what each fleet's claim tells, and the fleet's trials.
+            alive: the states of the workers that have not ended.
+        """
+        self.running, self.alive = running, alive
+        self.start = self.start or (time.monotonic() if running else None)
+        over = {folder: status for folder, status in self.status.items() if status != "running"}
+        self.status = {trial.folder: "running" for _, trials in running for trial in trials} | over
+        for told, trials in running:
+            by_name = {trial.folder.name: trial.folder for trial in trials}
+            self.best |= {by_name[n]: score for n, score in told.get("best", {}).items() if n in by_name}
+        self.fleet = [trial for _, trials in running for trial in trials]
+        self.live.refresh() if self.live.is_started else self._line()
 
     def doing(self, what: str) -> None:
         """What takes its time before a fleet's training starts: shown in the place of the bar's title."""
@@ -139,8 +164,7 @@ class Console:
     def _title(self) -> str:
         if self.total == 1:
             return f"{self.fleet[0].task.name} {self.fleet[0].method.name}"
-        methods = "+".join(sorted({f"{t.task.name} {t.method.name}" for t in self.fleet}))
-        return f"{methods}, {counted(len(self.fleet), 'trial')}"
+        return title_of(self.fleet)
 
     def _counts(self) -> str:
         counted = Counter(self.status.values())
@@ -155,27 +179,51 @@ class Console:
 
     def _left(self) -> str:
         """The time that is left, if the trials that wait take as long as those that ran."""
-        running = sum(self.status[trial.folder] == "running" for trial in self.fleet)
-        share = (self._over() - self.already + running * self.done / self.steps) / max(1, self.total - self.already)
+        running = self._share_of(self.fleet, self.done, self.steps)
+        if self.running:
+            running = sum(self._share_of(t, told.get("step", 0), told.get("steps", 1)) for told, t in self.running)
+        share = (self._over() - self.already + running) / max(1, self.total - self.already)
         if self.start is None or not 0 < share < 1:
             return ""
         return f", {duration((time.monotonic() - self.start) * (1 / share - 1))} left"
 
+    def _share_of(self, trials: Sequence[Trial], done: int, steps: int) -> float:
+        """The trials' training that is done, in trials."""
+        return sum(self.status.get(trial.folder) == "running" for trial in trials) * done / max(1, steps)
+
     def _show(self, now: bool = False) -> None:
         self.bar.update(self.task, completed=self.done, state=self._state())
-        if self.rich.is_terminal or not (now or time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES):
+        if not self.rich.is_terminal:
+            self._line(now)
+
+    def _line(self, now: bool = False) -> None:
+        """A line of a log, every few seconds."""
+        if not (now or time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES):
             return
         self.last_line = time.monotonic()
         counts = f"{self._counts()}  " if self.total > 1 else ""
-        state = f"  {state}" if (state := self._state()) else ""
-        line = f"{counts}{self._title()}  step {self.done}/{self.steps}{state}{self._left()}"
+        if self.running or self.alive:
+            line = f"{counts}{self._workers()}{self._left()}"
+        else:
+            state = f"  {state}" if (state := self._state()) else ""
+            line = f"{counts}{self._title()}  step {self.done}/{self.steps}{state}{self._left()}"
         print(line, file=sys.stderr, flush=True)
 
+    def _workers(self) -> str:
+        """The workers in a few words."""
+        at_work, queued = len(self.running), sum(state == "queued" for state in self.alive)
+        starting = max(0, len(self.alive) - at_work - queued)
+        parts = [f"{at_work} at work"] if at_work else []
+        parts += [f"{n} {what}" for n, what in ((starting, "starting"), (queued, "queued")) if n]
+        return f"workers: {', '.join(parts) or 'none'}"
+
     def _view(self) -> RenderableType:
-        if self.total == 1:
+        if self.total == 1 and not (self.running or self.alive):
             return self.bar
         marks = {folder: status for folder, status in self.status.items() if status in ("diverged", "failed")}
-        room = max(1, self.rich.height - 6)  # beside the title, the factors, the rest, what ran and the bar
+        room = max(
+            1, self.rich.height - 6 - (self.rich.height // 3 if self.running else 0)
+        )  # beside the title, the factors, the rest, what ran and the bar
         title = f"best {self.headlines} on validation so far, by factor on the base rate"
         table = self.rows.table(self.best, marks, room=room, now=self.fleet)
         wide = self.rich.options.update(max_width=10_000)
@@ -184,7 +232,10 @@ class Console:
             table = self.rows.table(self.best, marks, room=room, now=self.fleet, short=True)
         hidden = len(set(self.rows.labels)) - table.row_count
         rest = [f"and {counted(hidden, 'more row')}"] if hidden else []
-        return Group(title, table, *rest, f"{self._counts()}{self._left()}", self.bar)
+        below: RenderableType = self.bar
+        if self.running or self.alive:
+            below = workers_table(self.running, self._workers(), room=max(1, self.rich.height // 3))
+        return Group(title, table, *rest, f"{self._counts()}{self._left()}", below)
 
 
 class Rows:
@@ -264,6 +315,26 @@ class Rows:
             text += f" ± {statistics.stdev(values):.4f} ({len(values)})"
         counted = [f"{marked.count(mark)} {mark}" for mark in dict.fromkeys(marked)]
         return ", ".join([text, *counted])
+
+
+def title_of(trials: Sequence[Trial]) -> str:
+    """A fleet in a few words."""
+    methods = "+".join(sorted({f"{t.task.name} {t.method.name}" for t in trials}))
+    return f"{methods}, {counted(len(trials), 'trial')}"
+
+
+def workers_table(running: Sequence[tuple[Mapping[str, Any], Sequence[Trial]]], title: str, *, room: int) -> Table:
+    """Who trains what and how far it is: what each fleet's claim tells, and its trials; so many rows at most."""
+    table = Table(title, "fleet", "step", "best", box=None, pad_edge=False)
+    for told, trials in running[:room]:
+        step = f"{told['step']}/{told['steps']}" if "step" in told else str(told.get("doing", ""))
+        scores = told.get("best", {}).values()
+        name = f"{told.get('host', '?')}:{told.get('pid', '?')} {told.get('device', '')}"
+        best = f"{max(scores):.4f}" if scores else ""
+        table.add_row(printable(name), printable(title_of(trials)), printable(step), best)
+    if len(running) > room:
+        table.add_row(f"and {len(running) - room} more")
+    return table
 
 
 def duration(seconds: float) -> str:

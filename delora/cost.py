@@ -24,13 +24,21 @@ PADDING = 1.05  # tokens computed for each real one, as scripts/benchmark measur
 SPREAD = 1.25  # tokens of the longest batch over those of the mean one
 
 
-def largest_fleet(trial: Trial, tokens: Mapping[str, Tokens], device: torch.device) -> int:
-    """The most trials like this one that fit into the memory that is free."""
+def largest_fleet(
+    trial: Trial, tokens: Mapping[str, Tokens], device: torch.device, share: float = 1.0, memory: float | None = None
+) -> int:
+    """The most trials like this one that fit into the memory that is free.
+
+    Args:
+        share: of the memory, where several processes share the device.
+        memory: bytes to take for free instead, of a device elsewhere.
+    """
     most = MOST.get(device.type, UNKNOWN)
     if trial.model.known_shape is None:
         return min(most, UNKNOWN)
     encoder, each = needed_bytes(trial, most, trial.model.known_shape, tokens, device)
-    return max(1, min(most, int((free_bytes(device) * SHARE - encoder) / each)))
+    free = (free_bytes(device) if memory is None else memory) * share
+    return max(1, min(most, int((free * SHARE - encoder) / each)))
 
 
 def needed_bytes(

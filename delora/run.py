@@ -8,12 +8,10 @@ import hashlib
 import json
 import logging
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import safetensors.torch
 import torch
@@ -23,38 +21,41 @@ from delora import data as rows_of
 from delora import encoders, pretrained, storage, tasks, winner
 from delora.again import check_source
 from delora.attention import kernels
-from delora.config import NOT_THE_TRIAL, ModelConfig, Trial
+from delora.config import ModelConfig, Trial
 from delora.console import Console
 from delora.data import Dataset, Rows
 from delora.data.batches import Tokens
 from delora.data.splits import paper_split
 from delora.errors import UserError
 from delora.export import peft_folder
+from delora.interrupts import Stop
 from delora.methods.base import Method
 from delora.metrics import guessing
 from delora.missing import is_peft, missing_encoder, start_of, start_sha256
 from delora.model import DTYPES, Fleet, check_unknown
 from delora.predict import text_sha256
+from delora.recording import begin_tracking, summary_of, track
 from delora.storage import Extent, Result, ResultsError, TrialFolder
 from delora.tasks import Task
 from delora.tracking import Tracker, Tracking
 from delora.train import Data, Outcome, Score, State, Totals, train
+
+if TYPE_CHECKING:
+    from delora.worker import Inputs
 
 logger = logging.getLogger(__name__)
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # malloc.h
 
 
-class Interrupted(KeyboardInterrupt):
-    """SIGINT, SIGTERM or SIGHUP came; what was trained is on disk. `status` is the exit status."""
-
-    def __init__(self, number: int):
-        super().__init__(signal.Signals(number).name)
-        self.status = 128 + number
-
-
 def run_fleet(
-    trials: Sequence[Trial], folders: Sequence[TrialFolder | None], state: Path, console: Console, tracking: Tracking
+    trials: Sequence[Trial],
+    folders: Sequence[TrialFolder | None],
+    state: Path,
+    console: Console,
+    tracking: Tracking,
+    check: Callable[[], None] = lambda: None,
+    inputs: "Inputs | None" = None,
 ) -> tuple[dict[int, Result], dict[int, ResultsError]]:
     """Trains trials together, going on from the state on disk if there is one, and writes their folders.
 
@@ -62,6 +63,8 @@ def run_fleet(
         trials: configs of the same `company`.
         folders: their opened folders; None for a trial whose results are not to be written.
         state: the file of the fleet's state, safetensors; deleted when all is written.
+        check: called before anything is written; raises where the fleet is no longer this process's.
+        inputs: the hashes that data and weights have to have.
 
     Returns:
         Results by index, and why a trial has none: its folder could not be written.
@@ -101,9 +104,11 @@ def run_fleet(
         start=start,
     )
     origin = {"data": dataset.sha256, "weights": encoder.sha256, "precision": config.precision}
+    if inputs:
+        inputs.refuse_others(origin)
     origin |= {"start": start["sha256"]} if start else {}
     with Stop() as stop:
-        recorder = Recorder(trials, folders, console, tracking)
+        recorder = Recorder(trials, folders, console, tracking, check)
         checkpoint = StateFile(state, trials, origin, config.fleet.checkpoint_seconds, stop, recorder.sync)
         if not recorder.begin(checkpoint.logs):
             checkpoint.delete()
@@ -282,41 +287,6 @@ def name_rows(predictions: dict[str, torch.Tensor], trial: int, data: Data, sha2
             predictions[f"{name}.label"] = tokens.labels_S.cpu()[row_S]
 
 
-class Stop:
-    """Hears SIGINT, SIGTERM and SIGHUP. After the first the loop saves its state and ends; the second ends it at once.
-
-    What is ignored when the command starts, as under nohup or in the background of a script, stays ignored.
-    """
-
-    SIGNALS = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
-
-    def __init__(self):
-        self.number: int | None = None
-
-    def __enter__(self) -> Self:
-        self._before: dict[int, Any] = {}
-        if threading.current_thread() is threading.main_thread():  # Python tells no other thread
-            heard = [n for n in self.SIGNALS if signal.getsignal(n) not in (signal.SIG_IGN, None)]
-            self._before = {n: signal.signal(n, self._hear) for n in heard}
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        if kind is None:
-            self.check()
-
-    def _hear(self, number: int, _: object) -> None:
-        if self.number is not None:
-            raise Interrupted(number)
-        self.number = number
-
-    def check(self) -> None:
-        """Raises Interrupted where a signal came."""
-        if self.number is not None:
-            raise Interrupted(self.number)
-
-
 class StateFile:
     """A fleet's training state on disk, with how far each trial's log is: the loop's `Checkpoints`.
 
@@ -429,8 +399,10 @@ class Recorder:
         folders: Sequence[TrialFolder | None],
         console: Console,
         tracking: Tracking,
+        check: Callable[[], None] = lambda: None,
     ):
         self.trials, self.folders, self.console, self.tracking = trials, list(folders), console, tracking
+        self.check = check
         self.start = time.perf_counter()
         self.trackers: list[Tracker | None] = [None] * len(trials)
         self.errors: dict[int, ResultsError] = {}
@@ -465,7 +437,7 @@ class Recorder:
             folder.restart()
             return
         for line in folder.rewind(log):
-            _track(self.trackers[trial], line)
+            track(self.trackers[trial], line)
 
     def sync(self) -> list[Extent | None]:
         """Has all that was recorded on disk; how far each trial's log is, None for one that is not recorded."""
@@ -509,17 +481,18 @@ class Recorder:
         if not self._write(trial, write):
             return False
         if tracker := self.trackers[trial]:
-            tracker.finish(outcome.status, _summary(result))
+            tracker.finish(outcome.status, summary_of(result))
         return True
 
     def _record(self, trial: int, line: Mapping[str, Any]) -> None:
         if self._write(trial, lambda folder: folder.record(line)):
-            _track(self.trackers[trial], line)
+            track(self.trackers[trial], line)
 
     def _write(self, trial: int, write: Callable[[TrialFolder], object]) -> bool:
         folder = self.folders[trial]
         if folder is None:
             return False
+        self.check()
         try:
             write(folder)
             return True
@@ -529,47 +502,6 @@ class Recorder:
             if not any(self.folders):
                 raise
             return False
-
-
-def stand_for(trained: storage.StoredTrial, trial: Trial, folder: TrialFolder, tracking: Tracking) -> Result:
-    """Ends a trial, whose folder is open, as one has ended whose training was the same; wandb has both.
-
-    Raises:
-        ResultsError: a file of the trained one is damaged, or the folder cannot be written.
-    """
-    folder.copy(trained)
-    tracker = begin_tracking(tracking, trial, folder)
-    for line in trained.content(storage.METRICS).splitlines():
-        _track(tracker, json.loads(line))
-    own = {"schema": storage.SCHEMA, "id": trial.id, "sweep": trial.sweep, "config": trial.resolved()}
-    result = cast(Result, {**storage.without_hashes(trained.result), **own, "trained_as": trained.result["id"]})
-    folder.finish(result)
-    tracker.finish(result["status"], _summary(result))
-    return result
-
-
-def begin_tracking(tracking: Tracking, trial: Trial, folder: TrialFolder) -> Tracker:
-    """Begins a trial's wandb run, with the tags by which runs are found."""
-    tags = [trial.task.name, trial.method.name, trial.model.name]
-    return tracking.start(trial.id, trial.resolved(), folder.path, group=trial.sweep, ignore=NOT_THE_TRIAL, tags=tags)
-
-
-def _summary(result: Result) -> dict[str, Any]:
-    """What a wandb run's summary holds beside its status: scores, sizes, seconds, and the versions that made them."""
-    kept = ("best", "last", "parameters", "seconds", "tokens", "fleet_size", "made_by")
-    return {key: value for key, value in result.items() if key in kept}
-
-
-def _track(tracker: Tracker | None, line: Mapping[str, Any]) -> None:
-    """Passes a line of metrics.jsonl to a wandb run."""
-    if tracker is None:
-        return
-    if line["kind"] == "step":
-        tracker.log({"train": {"loss": line["loss"], "lr": line["lr"]}, "epoch": line["epoch"]}, line["step"])
-    else:
-        values = {"loss": line["loss"], **line["metrics"]}
-        logged = {"validation": values, **{name: line.get(name, {}) for name in ("distance", "lambda", "change")}}
-        tracker.log(logged, line["step"])
 
 
 def _result(

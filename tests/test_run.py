@@ -23,10 +23,10 @@ from delora.again import known_packages
 from delora.data import load
 from delora.data.batches import Tokens
 from delora.errors import UserError
+from delora.interrupts import Interrupted, Stop
 from delora.methods.lora import LoRA
 from delora.metrics import guessing
 from delora.missing import identified
-from delora.run import Interrupted, Stop
 from delora.sweep import run
 from delora.tasks import TASKS
 from delora.train import predict

@@ -30,10 +30,13 @@ from delora import cost, overrides, storage, sweep
 from delora.cli import conf_folder
 from delora.config import ConfigError, Trial
 from delora.errors import UserError
+from delora.fleets import Group
+from delora.interrupts import Interrupted
 from delora.methods.lora import LoRA
+from delora.plan import plan
 from delora.pretrained import byte_tokenizer
-from delora.run import Interrupted, Recorder, StateFile, read_state, write_state
-from delora.sweep import Group, Sweep, plan, run
+from delora.run import Recorder, StateFile, read_state, write_state
+from delora.sweep import Sweep, run
 from hydra_plugins.delora_fleet import FleetLauncher
 
 GRID = ["method=delora,lora", "lr_factor=0.5,2", "seed=1,2", "name=s", "-m"]
@@ -189,7 +192,7 @@ def test_a_plan_adds_up_what_was_measured_and_what_is_estimated(monkeypatch, cap
     lora = [compose_trial(*SMALL, *FEW, "method=lora", "fleet.size=1", f"seed={seed}") for seed in range(5)]
     dora = [compose_trial(*SMALL, *FEW, "method=dora", "fleet.size=2", f"seed={seed}") for seed in range(4)]
     run = {"seconds": {"total": 90.0}, "fleet_size": 3}
-    monkeypatch.setattr(sweep, "_finished", lambda trial: run if trial in lora[:3] else None)
+    monkeypatch.setattr(sweep, "finished", lambda trial: run if trial in lora[:3] else None)
     monkeypatch.setattr(cost, "seconds", lambda trials, tokens, device: 110.0 * len(trials))
     sweep.print_plan([*lora, *dora])
     *table, total = capsys.readouterr().out.splitlines()

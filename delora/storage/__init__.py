@@ -12,7 +12,7 @@ Files other than the two that grow are replaced whole: a reader sees the old one
 Nothing is written through a link, nothing but regular files is read.
 """
 
-from delora.storage.files import Folder, ResultsError, content, replace
+from delora.storage.files import LOG_LIMIT, Folder, ResultsError, content, replace
 from delora.storage.made_by import cpu_name, provenance, versions
 from delora.storage.reading import Found, StoredTrial, find, finished, read, read_tensors, stored_config
 from delora.storage.schema import (
@@ -45,6 +45,7 @@ __all__ = [
     "ADAPTER",
     "CONFIG",
     "LOG",
+    "LOG_LIMIT",
     "METRICS",
     "PREDICTIONS",
     "RESULT",

@@ -27,9 +27,10 @@ class Folder:
     """A folder held by its descriptor: nothing is written through a link, or to another folder that took its name.
 
     Args:
-        path: where it is; it is made where there is none.
+        path: where it is.
         root: the part of the path that the user named: below it, no part of the path may be a link. By default the
             folder that holds this one.
+        make: whether it is made where there is none; else that is a FileNotFoundError.
 
     Attributes:
         made: whether this process made it.
@@ -39,11 +40,12 @@ class Folder:
         OSError: it cannot be made or opened.
     """
 
-    def __init__(self, path: Path, root: Path | None = None):
+    def __init__(self, path: Path, root: Path | None = None, make: bool = True):
         root = path.parent if root is None else root
-        self.path, self.made = path, False
+        self.path, self.made, self._make = path, False, make
         try:
-            root.mkdir(parents=True, exist_ok=True)
+            if make:
+                root.mkdir(parents=True, exist_ok=True)
             self.descriptor = os.open(root, os.O_RDONLY | os.O_DIRECTORY)
         except (FileExistsError, NotADirectoryError) as error:
             raise UserError(_not_a_folder(Path(error.filename))) from None
@@ -59,6 +61,8 @@ class Folder:
         try:
             return self._subfolder(name)
         except FileNotFoundError:
+            if not self._make:
+                raise
             with contextlib.suppress(FileExistsError):  # another process may have made it just then
                 os.mkdir(name, dir_fd=self.descriptor)
                 self.made = path == self.path

@@ -54,6 +54,9 @@ class ConfigChanged(UserError):
 class InUse(UserError):
     """Another process holds the folder; the message names it."""
 
+    def __init__(self, path: Path, holder: object):
+        super().__init__(f"{path} is in use by {holder}. Wait for it, or choose another name=...")
+
 
 class TrialFolder:
     """The folder of one trial, held by this process alone until `close`; made by `open_trial`.
@@ -315,7 +318,7 @@ def _lock(handles: contextlib.ExitStack, folder: Folder, path: Path) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         holder = os.pread(file, 200, 0).decode(errors="replace").strip() or "another process"
-        raise InUse(f"{path} is in use by {holder}. Wait for it, or choose another name=...") from None
+        raise InUse(path, holder) from None
     except OSError as error:  # some cluster file systems have no locks
         logger.warning("%s cannot be locked (%s): run no other process on it", path, error.strerror)
     os.ftruncate(file, 0)
