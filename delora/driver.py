@@ -1,5 +1,6 @@
 """The command's side of workers: hands trials out, has an engine start workers, and watches the sweep's folder."""
 
+import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -63,11 +64,7 @@ class Driver:
     ):
         self.engine, self.trials, self.trained, self.workers = engine, trials, trained, workers
         self.found, self.failures, self.console = found, failures, console
-        roots = {trial.folder.parent for trial in trained}
-        if len(roots) > 1:
-            names = ", ".join(sorted(root.name for root in roots))
-            raise UserError(f"engine={trained[0].engine.name}: one sweep a command, these are {names}")  # type: ignore[union-attr]
-        self.root = roots.pop()
+        [self.root] = {trial.folder.parent for trial in trained}  # one command, one sweep
         self.origins: dict[str, str | None] = {}
         self.names: dict[str, list[str]] = {}  # the trials of fleets that were seen
         self.pending: dict[str, list[str]] = {}  # planned fleets that are not over, with their trials
@@ -99,7 +96,7 @@ class Driver:
         try:
             self.engine.start(self.root, self.workers, detached)
         except UserError:
-            self.command.forget()
+            self._clean()
             raise
 
     def _one_of_each_company(self) -> list[tuple[Path, Result]]:
@@ -130,8 +127,7 @@ class Driver:
                             return
         finally:
             self.engine.stop()
-            self.command.forget()
-            self._tidy_logs()
+            self._clean()
 
     def _look(self) -> bool:
         """Sees what has become of the fleets; whether all are over."""
@@ -207,13 +203,12 @@ class Driver:
         self.console.say(f"{counted(lacking, 'worker')} ended before all was done: as many are started")
         self.engine.start(self.root, lacking)
 
-    def _tidy_logs(self) -> None:
-        """Removes what workers said, unless a trial failed."""
+    def _clean(self) -> None:
+        """Removes what the command handed out, and what workers said unless a trial failed or fleets are left."""
+        self.command.forget()
         folder = self.root / FLEETS
         if not self.failures and not any(folder.glob(NAME)):
-            for path in sorted((folder / fleets.LOGS).glob("*")):
-                with suppress(OSError):
-                    path.unlink()
-            for path in (folder / fleets.LOGS, folder / fleets.FAILED, folder):
-                with suppress(OSError):
-                    path.rmdir()
+            for path in (folder / fleets.LOGS, folder / fleets.FAILED):
+                shutil.rmtree(path, ignore_errors=True)
+            with suppress(OSError):  # another command is in it
+                folder.rmdir()

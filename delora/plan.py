@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 # scripts/benchmark measures them on a GPU. They decide alone how small the fleets of several workers become.
 SECONDS_TO_START, TRIALS_OF_A_STEP = 10.0, 1.5
 IDLE = 0.03  # of the workers' time, below which no fleet is split for it
+SPLITS = 16  # that are tried for each worker
 
 
 @dataclass
@@ -147,22 +148,24 @@ def share_out(groups: Sequence[Group], each: Sequence[float | None], workers: in
         Work(group, usual if seconds is None else seconds, not (group.trials[0].fleet.size or group.state.exists()))
         for group, seconds in zip(groups, each, strict=True)
     ]
-    best = _ends(works, workers)
-    while max(best) > (1 + IDLE) * sum(best) / len(best):
-        last = best.index(max(best))
+    best, longest = works, max(_ends(works, workers))
+    for _ in range(SPLITS * workers):
+        ends = _ends(works, workers)
+        if max(ends) <= (1 + IDLE) * sum(ends) / workers:
+            break
+        last = ends.index(max(ends))
         whole = [w for w, worker in _assigned(works, workers) if worker == last and w.may_be_split]
-        longest = max(whole, key=lambda work: len(work.group.trials), default=None)
-        if longest is None or len(longest.group.trials) == 1:
+        largest = max(whole, key=lambda work: len(work.group.trials), default=None)
+        if largest is None or len(largest.group.trials) == 1:
             break
-        trials = longest.group.trials
-        middle = (len(trials) + 1) // 2
-        halves = [Work(Group(part), longest.each) for part in (trials[:middle], trials[middle:])]
-        tried = [*(work for work in works if work is not longest), *halves]
-        ends = _ends(tried, workers)
-        if max(ends) >= max(best) and ends.count(max(ends)) >= best.count(max(best)):
-            break
-        works, best = tried, ends
-    return sorted(works, key=lambda work: -work.seconds)
+        trials = largest.group.trials
+        moved = round((max(ends) - min(ends)) / 2 / largest.each) if largest.each else 1  # to who would end first
+        border = len(trials) - max(1, min(len(trials) // 2, moved))
+        parts = [Work(Group(part), largest.each) for part in (trials[:border], trials[border:])]
+        works = [*(work for work in works if work is not largest), *parts]
+        if max(_ends(works, workers)) < longest:
+            best, longest = works, max(_ends(works, workers))
+    return sorted(best, key=lambda work: -work.seconds)
 
 
 def _assigned(works: Sequence[Work], workers: int) -> list[tuple[Work, int]]:

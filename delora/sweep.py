@@ -118,6 +118,8 @@ class Sweep:
             engine = engines.of(config.engine)
             workers = engine.workers(self.to_train(missing)) if missing else 0
             if missing and not workers:
+                if config.detach:
+                    raise UserError("detach=true: engine=here trains in this process; engine=local, slurm start others")
                 self.console.doing("loading PyTorch")
                 get_ready(missing)
             self._tidy()
