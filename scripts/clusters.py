@@ -4,24 +4,31 @@ import argparse
 import contextlib
 import json
 import os
+import queue
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from crash_test import everything
 
+from delora.terminal import counted
+
 DESCRIPTION = """Trains 24 tiny trials, dropout on, once in one process and once by the workers of a cluster that is
 started for it, and compares all that they found, to the bit. While the cluster trains, workers are lost:
   slurm   a node is killed with all its processes, a job is preempted by another partition's, one is queued again by
           hand, and all run into their time limit
   ray     a raylet is killed with all its processes, a worker is killed
-  local   two workers are killed, one is stopped for good while others go on with its fleet"""
+  local   two workers are killed
+gpus trains a sweep of 16 fleets with MiniLM several times, by the whole command: on one GPU with one, two and three
+workers, and on all GPUs that there are, with a worker on each. The runs on one GPU share the machine's GPUs out."""
 WORDS = [
     "model=tiny",
     "data=synthetic",
@@ -50,9 +57,12 @@ class Skipped(Exception):
 
 def main() -> int:
     parser = argparse.ArgumentParser("clusters", description=DESCRIPTION, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("cluster", choices=TESTS)
+    parser.add_argument("cluster", choices=[*TESTS, "gpus"])
     parser.add_argument("--epochs", type=int, default=100, help="of the trials; they decide how long a fleet takes")
+    parser.add_argument("words", nargs="*", metavar="KEY=VALUE", help="change the sweep of gpus")
     options = parser.parse_args()
+    if options.cluster == "gpus":
+        return gpus(options.words)
     os.environ |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory(prefix="delora-cluster-") as folder:
         try:
@@ -342,6 +352,57 @@ def local(folder: Path, words: list[str]) -> int:
         happened[f"killed, {turn + 1}"] = f"the worker that trained {name}"
         time.sleep(3)
     return compare(folder, process, whole, happened)
+
+
+# --- How fast several GPUs are
+
+GPU_SWEEP = ["task=mrpc", "model=minilm", "precision=bfloat16", "logger=none", "fleet.size=16", "name=s"]
+METHODS, MANY = "method=lora,delora,dora,ether", ["lr_factor=0.25,0.5,1,2,4,8,16,32", "seed=range(8)"]
+
+
+def gpus(words: list[str]) -> int:
+    """Times whole commands; each has a folder of its own, so that nothing is done already."""
+    found = subprocess.check_output(["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"], text=True).split()
+    with tempfile.TemporaryDirectory(prefix="delora-gpus-") as place:
+        folder = Path(place)
+
+        def timed(name: str, on: str, *options: str) -> tuple[str, float]:
+            begin = time.monotonic()
+            process = run(folder / name, *GPU_SWEEP, METHODS, *options, *words, env={"CUDA_VISIBLE_DEVICES": on})
+            if process.wait():
+                raise SystemExit((folder / name / "log.txt").read_text()[-3000:])
+            return name, time.monotonic() - begin
+
+        timed("caches", ",".join(found), "lr_factor=1", "seed=range(16)", "epochs=1")
+        waiting = queue.SimpleQueue[tuple[str, list[str]]]()
+        for many in (1, 2, 3):
+            options = ["engine=local", f"engine.workers={many}", f"engine.per_gpu={many}"] if many > 1 else []
+            waiting.put((f"{counted(many, 'worker')} on one GPU", options))
+        times: dict[str, float] = {}
+
+        def work(gpu: str) -> None:
+            with contextlib.suppress(queue.Empty):
+                while True:
+                    name, options = waiting.get_nowait()
+                    times.update([timed(name, gpu, *MANY, *options)])
+
+        threads = [threading.Thread(target=work, args=(gpu,)) for gpu in found]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if len(found) > 1:
+            times.update([timed(f"a worker on each of {len(found)} GPUs", ",".join(found), *MANY)])
+        for name, seconds in times.items():
+            print(f"{name:32} {seconds:6.0f} s  {times['1 worker on one GPU'] / seconds:5.2f} times one worker")
+            print("  " + ", ".join(sorted(set(re.findall("workers share.*", (folder / name / "log.txt").read_text())))))
+        kept = [everything(folder / name / "outputs" / "s") for name in times]
+        scores = [{trial: one[0]["best"] for trial, one in found.items()} for found in kept]
+        same = [
+            sum(ours == theirs for ours, theirs in zip(scores[0].values(), s.values(), strict=True)) for s in scores
+        ]
+        print(f"trials whose best scores are those of one worker's, of {len(scores[0])}: {same}")
+    return 0
 
 
 TESTS = {"slurm": slurm, "ray": ray, "local": local}
