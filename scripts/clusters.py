@@ -370,7 +370,9 @@ def gpus(words: list[str]) -> int:
             begin = time.monotonic()
             process = run(folder / name, *GPU_SWEEP, METHODS, *options, *words, env={"CUDA_VISIBLE_DEVICES": on})
             if process.wait():
-                raise SystemExit((folder / name / "log.txt").read_text()[-3000:])
+                print((folder / name / "log.txt").read_text()[-3000:], flush=True)
+                raise SystemExit(f"{name}: failed")
+            print(f"{name}: {time.monotonic() - begin:.0f} s", flush=True)
             return name, time.monotonic() - begin
 
         timed("caches", ",".join(found), "lr_factor=1", "seed=range(16)", "epochs=1")
