@@ -454,7 +454,14 @@ class Trial(Section):
         """How many times the method's base rate this trial takes, as in the paper's Fig. 2."""
         return self.lr / self.method.base_lr * self.lr_factor
 
-    @property
+    def model_copy(self, **options: Any) -> Self:
+        """As pydantic's, without what was computed from the values."""
+        copied = super().model_copy(**options)
+        for name in ("id", "training", "company"):
+            copied.__dict__.pop(name, None)
+        return copied
+
+    @functools.cached_property
     def id(self) -> str:
         """What tells the trial from others, safe in a shell: mrpc-delora-lr0.001-seed42-1a2b3c4d."""
         digest = _digest(self._without(NOT_THE_TRIAL))[:8]
@@ -471,7 +478,7 @@ class Trial(Section):
         """The folder of all results: below it nothing is written through a link."""
         return Path(self.output_dir).expanduser()
 
-    @property
+    @functools.cached_property
     def training(self) -> str:
         """What the trial computes: trials with the same are one training under several names.
 
@@ -480,7 +487,7 @@ class Trial(Section):
         config = self._without((*NOT_THE_TRIAL, *RATES))
         return _digest({**config, "rates": [self.rate, self.lambda_rate]})
 
-    @property
+    @functools.cached_property
     def company(self) -> str:
         """What trials have in common that may share a fleet."""
         return _digest(self._without(PER_TRIAL))

@@ -1,5 +1,6 @@
 """Workers as tasks of a Ray cluster."""
 
+import logging
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -33,7 +34,7 @@ class Ray(Engine):
         own = self.options.own()
         if not ray.is_initialized():
             try:
-                ray.init(address=own["address"], log_to_driver=False, logging_level="error")
+                ray.init(address=own["address"], log_to_driver=False, logging_level=logging.ERROR)
             except (ConnectionError, RuntimeError, ValueError, OSError) as error:
                 told = str(error).strip().splitlines()[0]
                 raise UserError(f"engine.address={own['address']}: {told}") from None
