@@ -123,14 +123,15 @@ def wait_for(what: str, condition: Callable[[], object], process: subprocess.Pop
     end = time.monotonic() + SECONDS
     while not (found := condition()):
         if process.poll() is not None or time.monotonic() > end:
-            raise SystemExit(f"the sweep ended, or too long, before {what}")
+            raise SystemExit(f"the sweep ended, or it took too long, before {what}")
         time.sleep(0.3)
     return found
 
 
 def training(folder: Path, least: int = 1) -> dict[str, dict]:
-    """The fleets that are in training, if there are so many."""
-    found = {name: claim for name, claim in claims(folder).items() if claim.get("step")}
+    """Who trains the fleets that have saved a state, if there are so many."""
+    fleets = folder / "cluster" / "outputs" / "s" / ".fleets"
+    found = {name: claim for name, claim in claims(folder).items() if (fleets / name / "state.safetensors").exists()}
     return found if len(found) >= least else {}
 
 
@@ -145,7 +146,7 @@ def slurm(folder: Path, words: list[str]) -> int:
         raise Skipped("SLURM's daemons are started by root alone")
     whole = undisturbed(folder, words)
     with slurm_cluster(folder) as cluster:
-        options = ["engine=slurm", "engine.workers=3", "engine.partition=low", "engine.minutes=1", "engine.notice=25"]
+        options = ["engine=slurm", "engine.workers=3", "engine.partition=low", "engine.minutes=2", "engine.notice=50"]
         process = run(folder / "cluster", *words, *options)
         happened: dict[str, object] = {}
         wait_for("three jobs train", lambda: training(folder, 3), process)
