@@ -84,6 +84,9 @@ class Driver:
                 folders = [self.root / name for name in fleets.kept(fleet)]
                 if any(folder in wanted for folder in folders):
                     wanted |= {folder: self.trials[folder] for folder in folders if folder in self.trials}
+        if (asked := self.engine.options.workers) and asked > self.workers:
+            left = counted(len(self.trained), "trial")
+            self.console.say(f"engine.workers={asked}: {self.workers} are started, for {left}")
         measured = {
             folder.name: result["seconds"]["total"] / result["fleet_size"]
             for folder, result in self._one_of_each_company()

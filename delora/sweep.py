@@ -132,7 +132,7 @@ class Sweep:
                     driver = self._driver(engine, trained, min(workers, len(trained)))
                     driver.hand_out(config.detach)
                     if config.detach:
-                        break
+                        return [self.found.get(folder) for folder in self.order]
                     driver.watch()
                 else:
                     self._train(trained)

@@ -280,7 +280,8 @@ def test_what_fails_on_two_workers_is_named_with_its_log(tmp_path, monkeypatch):
 def handed_out(folder: Path) -> Path:
     """A sweep whose command has handed out its trials and was killed; its folder."""
     words = [*SMALL, *FEW, "-m", "method=lora", "seed=1,2", "name=s", *LOCAL, "detach=true"]
-    script = "import sys; from delora.engines.local import Local; Local.start = lambda *_: None\n"
+    script = "import sys; sys.modules['torch'] = None  # a login node may have none\n"
+    script += "from delora.engines.local import Local; Local.start = lambda *_: None\n"
     script += "from delora import cli; sys.exit(cli.main())"
     environment = os.environ | OFFLINE
     subprocess.run([sys.executable, "-c", script, *words], cwd=folder, env=environment, check=True, capture_output=True)
