@@ -77,6 +77,7 @@ class Driver:
             UserError: they cannot be started; nothing is left behind.
         """
         fleets.forget_failures(self.root / FLEETS)
+        fleets.tidy(self.root / FLEETS)
         wanted = {trial.folder: trial for trial in self.trained}
         for fleet in (self.root / FLEETS).glob(NAME):
             fleets.tidy(fleet)
@@ -208,8 +209,9 @@ class Driver:
 
     def _clean(self) -> None:
         """Removes what the command handed out, and what workers said unless a trial failed or fleets are left."""
-        self.command.forget()
         folder = self.root / FLEETS
+        self.command.forget()
+        fleets.tidy(folder)
         if not self.failures and not any(folder.glob(NAME)):
             for path in (folder / fleets.LOGS, folder / fleets.FAILED):
                 shutil.rmtree(path, ignore_errors=True)

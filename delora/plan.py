@@ -136,8 +136,8 @@ def seconds_of(groups: Sequence[Group], measured: Mapping[str, float | None]) ->
 def share_out(groups: Sequence[Group], each: Sequence[float | None], workers: int) -> list[Work]:
     """The fleets for so many workers, longest first: each worker takes the next when it has ended one.
 
-    The fleet that would end last is split while that has all end earlier; one that has begun to train, or whose size
-    the config says, stays whole.
+    The fleet that would end last is split while that has all end earlier; one that is written down already, for others
+    to take, or whose size the config says, stays whole.
 
     Args:
         each: seconds of a trial of each group.
@@ -145,7 +145,7 @@ def share_out(groups: Sequence[Group], each: Sequence[float | None], workers: in
     known = [seconds for seconds in each if seconds is not None]
     usual = sum(known) / len(known) if known else 1.0
     works = [
-        Work(group, usual if seconds is None else seconds, not (group.trials[0].fleet.size or group.state.exists()))
+        Work(group, usual if seconds is None else seconds, not (group.trials[0].fleet.size or group.folder.exists()))
         for group, seconds in zip(groups, each, strict=True)
     ]
     best, longest = works, max(_ends(works, workers))

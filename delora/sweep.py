@@ -23,7 +23,7 @@ from delora.console import Console
 from delora.driver import Driver
 from delora.engines import Engine
 from delora.errors import UserError
-from delora.fleets import FLEETS, NAME, STATE, SUMMARY, TRIALS, fleet_name, forget, kept
+from delora.fleets import FLEETS, NAME, STATE, SUMMARY, TRIALS, fleet_name, forget, kept, tidy
 from delora.plan import get_ready, plan
 from delora.plan import print_plan as print_fleets
 from delora.recording import stand_for
@@ -195,6 +195,7 @@ class Sweep:
                     names = self._mend(fleet, error)
                 if names and all(self._has_ended(root / name) for name in names):
                     forget(fleet)
+            tidy(root / FLEETS)
             with suppress(OSError):  # others are in it, or it was not made
                 (root / FLEETS).rmdir()
 

@@ -396,7 +396,8 @@ class Worker(Trainer):
         names, waiting = self._look(), False
         for command in self.commands.values():
             if command and not command.is_cut():
-                if claim := Claim.take(command.folder, self.root, lambda: {"doing": "planning"}):
+                # One plans at a time: two commands may want the same trials.
+                if claim := Claim.take(self.root / FLEETS, self.root, lambda: {"doing": "planning"}):
                     with claim:
                         if not command.is_cut():
                             command.cut(self.share, self.memory)

@@ -19,7 +19,7 @@ from conftest import FEW, OFFLINE, RUN, SMALL, command, compose_trial, compose_t
 from delora import fleets
 from delora.config import Trial
 from delora.fleets import Claim, Group, Lost
-from delora.plan import Work, share_out
+from delora.plan import share_out
 from delora.storage import find
 
 everything = load_script("crash_test").everything
@@ -148,14 +148,13 @@ def test_workers_end_together(tmp_path, workers, sizes):
         assert len(works) == len(trials)
 
 
-def test_fleets_whose_size_is_said_or_that_have_begun_stay_whole(tmp_path):
+def test_fleets_whose_size_is_said_or_that_others_may_take_stay_whole(tmp_path):
     said = Group(tuple(trials_of(tmp_path, 6, "fleet.size=6")))
     assert [work.group for work in share_out([said], [100.0], 4)] == [said]
-    begun = Group(tuple(trials_of(tmp_path, 6)))
-    begun.keep()
-    begun.state.write_bytes(b"")
-    assert [work.group for work in share_out([begun], [100.0], 4)] == [begun]
-    assert all(isinstance(work, Work) for work in share_out([begun], [None], 1))
+    known = Group(tuple(trials_of(tmp_path, 6)))
+    assert len(share_out([known], [100.0], 4)) > 1
+    known.keep()
+    assert [work.group for work in share_out([known], [100.0], 4)] == [known]
 
 
 def test_trials_are_handed_out_as_they_are(tmp_path, monkeypatch):
@@ -323,6 +322,18 @@ def test_other_inputs_than_the_plan_s_are_refused_with_both_sides(tmp_path):
     )
     assert "inputs on node3, of the plan → on " in answer.stderr + told.stdout
     assert f"data: {'f' * 64} → " in answer.stderr + told.stdout
+
+
+def test_a_fleet_too_large_for_a_worker_s_device_is_halved_there(tmp_path):
+    root = handed_out(tmp_path)
+    [path] = root.glob(f"{fleets.FLEETS}/command-*/command.json")
+    script = "import sys; from pathlib import Path; from delora.worker import Command\n"
+    script += "command = Command(Path(sys.argv[1])); command.about['workers'] = 1; command.cut(1.0, None)"
+    subprocess.run([sys.executable, "-c", script, path.parent], cwd=tmp_path, env=os.environ | OFFLINE, check=True)
+    assert len(list(root.glob(f"{fleets.FLEETS}/{fleets.NAME}"))) == 1
+    answer = command("--worker", str(root), "--memory", "0.001", cwd=tmp_path)
+    assert answer.returncode == 0 and "2 trials do not fit into this device" in answer.stderr, answer.stderr
+    assert [trial.result["fleet_size"] for trial in find(root).trials] == [1, 1]
 
 
 # --- Bad input
