@@ -103,8 +103,8 @@ def compare(folder: Path, process: subprocess.Popen[str], whole: dict, happened:
     print(f"exit status {status}, {same}, left behind: {left or 'nothing'}")
     if status or different or len(found) != TRIALS or left:
         print((folder / "cluster" / "log.txt").read_text())
-        for log in root.glob(".fleets/logs/*"):
-            print(f"--- {log}\\n{log.read_text(errors='replace')[-3000:]}")
+        for log in [*root.glob(".fleets/logs/*.log"), *root.glob(".fleets/logs/*.out")]:
+            print(f"--- {log}\n{log.read_text(errors='replace')[-600:]}")
         return 1
     return 0
 
