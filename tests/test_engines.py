@@ -332,7 +332,7 @@ def test_a_fleet_too_large_for_a_worker_s_device_is_halved_there(tmp_path):
     subprocess.run([sys.executable, "-c", script, path.parent], cwd=tmp_path, env=os.environ | OFFLINE, check=True)
     assert len(list(root.glob(f"{fleets.FLEETS}/{fleets.NAME}"))) == 1
     answer = command("--worker", str(root), "--memory", "0.001", cwd=tmp_path)
-    assert answer.returncode == 0 and "2 trials do not fit into this device" in answer.stderr, answer.stderr
+    assert answer.returncode == 0 and "2 trials are too many for this device" in answer.stderr, answer.stderr
     assert [trial.result["fleet_size"] for trial in find(root).trials] == [1, 1]
 
 
