@@ -10,7 +10,7 @@ from pathlib import Path
 from delora import fleets
 from delora.config import Trial
 from delora.console import Console
-from delora.engines.base import ENDED, Engine, WorkerState
+from delora.engines.base import ENDED, RUNNING, Engine, WorkerState
 from delora.errors import UserError
 from delora.fleets import FLEETS, NAME, Holder
 from delora.interrupts import Stop
@@ -19,6 +19,7 @@ from delora.terminal import counted
 from delora.worker import SECONDS_BETWEEN_LOOKS, Command, TrialFailed, finished
 
 STARTS_IN_VAIN = 3  # of each worker, without a fleet's end in between
+SECONDS_TO_END = 60.0  # of a worker that finds nothing more to do
 REFUSED = 2  # exit status of a worker whose machine is not as the command's
 
 
@@ -129,9 +130,17 @@ class Driver:
                         if stop.number is not None:
                             self.console.doing("workers save and end")
                             return
+                self._let_end()
         finally:
             self.engine.stop()
             self._clean()
+
+    def _let_end(self) -> None:
+        """Waits for workers to end by themselves: wandb may not have all of what they sent it."""
+        self.console.doing("workers end")
+        end = time.monotonic() + SECONDS_TO_END
+        while any(state.state == RUNNING for state in self.engine.look()) and time.monotonic() < end:
+            time.sleep(0.2)
 
     def _look(self) -> bool:
         """Sees what has become of the fleets; whether all are over."""

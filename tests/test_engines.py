@@ -247,6 +247,16 @@ def test_a_detached_sweep_is_told_of_from_its_folder(tmp_path, whole):
     assert again.returncode == 0 and f"{TRIALS} of {TRIALS} trials are done already" in again.stderr
 
 
+def test_wandb_has_a_run_of_each_trial_from_its_worker_and_one_summary(tmp_path):
+    words = [word for word in SMALL if word != "logger=none"] + [*FEW, "logger.mode=offline", "epochs=1"]
+    environment = {"WANDB_DIR": ""}
+    answer = command(*words, "-m", "method=lora", "seed=1,2,3", "name=w", *LOCAL, cwd=tmp_path, env=environment)
+    assert answer.returncode == 0, answer.stderr
+    runs = [path.name for path in (tmp_path / "outputs" / "w").glob("**/offline-run-*") if path.is_dir()]
+    assert len(runs) == 4 and sum("summary" in run for run in runs) == 1
+    assert all(sum(trial.result["id"] in run for run in runs) == 1 for trial in find(tmp_path / "outputs" / "w").trials)
+
+
 FAILS = """
 from delora.methods.lora import LoRA
 
