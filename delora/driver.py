@@ -1,6 +1,5 @@
 """The command's side of workers: hands trials out, has an engine start workers, and watches the sweep's folder."""
 
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -222,7 +221,4 @@ class Driver:
         self.command.forget()
         fleets.tidy(folder)
         if not self.failures and not any(folder.glob(NAME)):
-            for path in (folder / fleets.LOGS, folder / fleets.FAILED):
-                shutil.rmtree(path, ignore_errors=True)
-            with suppress(OSError):  # another command is in it
-                folder.rmdir()
+            fleets.forget_logs(folder)

@@ -231,7 +231,7 @@ class Holder:
         if "failed" in self.about:
             return False
         if self.about.get("machine") == machine():
-            return _process_start(self.about["pid"]) == self.about["start"]
+            return not has_ended(self.about)
         raw, since = _signs.get(self.path, (b"", 0.0))
         if raw != self.raw:
             _signs[self.path] = self.raw, time.monotonic()
@@ -308,6 +308,14 @@ def failure(folder: Path, trial: str) -> str | None:
 def forget_failures(folder: Path) -> None:
     """Forgets why trials failed: a command tries them again."""
     shutil.rmtree(folder / FAILED, ignore_errors=True)
+
+
+def forget_logs(folder: Path) -> None:
+    """Forgets what workers said, and why trials failed, in the folder of fleets; removes that where it is empty."""
+    for name in (LOGS, FAILED):
+        shutil.rmtree(folder / name, ignore_errors=True)
+    with suppress(OSError):  # others are in it
+        folder.rmdir()
 
 
 def tidy(fleet: Path) -> None:
@@ -432,6 +440,11 @@ def process() -> dict[str, Any]:
     about = {"host": socket.gethostname(), "machine": machine(), "pid": os.getpid()}
     log = os.environ.get("DELORA_LOG")  # where an engine has what this process says
     return {**about, "start": _process_start(os.getpid()), **({"log": log} if log else {})}
+
+
+def has_ended(about: Mapping[str, Any]) -> bool:
+    """Whether a process of this machine, as `process` tells of it, has ended; of another machine's it is not known."""
+    return about.get("machine") == machine() and _process_start(about["pid"]) != about["start"]
 
 
 @functools.cache

@@ -23,13 +23,13 @@ from delora.console import Console
 from delora.driver import Driver
 from delora.engines import Engine
 from delora.errors import UserError
-from delora.fleets import FLEETS, NAME, STATE, SUMMARY, TRIALS, fleet_name, forget, kept, tidy
+from delora.fleets import FLEETS, NAME, STATE, SUMMARY, TRIALS, fleet_name, forget, forget_logs, kept, tidy
 from delora.plan import get_ready, plan
 from delora.plan import print_plan as print_fleets
 from delora.recording import stand_for
 from delora.storage import ConfigChanged, InUse, Result, ResultsError
 from delora.tracking import Tracking
-from delora.worker import SECONDS_BETWEEN_LOOKS, Trainer, finished, open_folder
+from delora.worker import SECONDS_BETWEEN_LOOKS, Trainer, finished, forget_commands, open_folder
 
 AXES = ("seed", "lr", "lr_factor", "lr_factor_on")  # along which a sweep may grow
 
@@ -195,7 +195,10 @@ class Sweep:
                     names = self._mend(fleet, error)
                 if names and all(self._has_ended(root / name) for name in names):
                     forget(fleet)
+            forget_commands(root)
             tidy(root / FLEETS)
+            if all(folder in self.found for folder in self.trials) and not list((root / FLEETS).glob(NAME)):
+                forget_logs(root / FLEETS)
             with suppress(OSError):  # others are in it, or it was not made
                 (root / FLEETS).rmdir()
 

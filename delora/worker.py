@@ -282,19 +282,23 @@ class Command:
         trials = fleets.unpacked(self.about["trials"], self.root)
         missing = [trials[place] for place in self.about["missing"]]
         get_ready(missing)
-        groups = plan(missing, {t.folder: t for t in trials}, lambda trial: largest_here(trial, share, memory))
+        most: dict[str, int] = {}
+        inputs: dict[str, dict[str, str | None]] = {}
+        firsts = {trial.company: trial for trial in reversed(missing)}
+        # Those that share rows and encoder follow each other: the last ones that were read are kept.
+        for company, trial in sorted(firsts.items(), key=lambda one: repr((one[1].task, one[1].data, one[1].model))):
+            most[company] = largest_here(trial, share, memory)
+            weights = pretrained.load(trial.model, trial.task.facts).sha256
+            inputs[company] = {"data": prepare(trial)[0].sha256, "weights": weights}
+        groups = plan(missing, {trial.folder: trial for trial in trials}, lambda trial: most[trial.company])
         known = {trial.folder.name: trial.company for trial in trials}
         measured = {known[name]: seconds for name, seconds in self.about["measured"].items() if name in known}
         planned = {}
         for work in share_out(groups, seconds_of(groups, measured), self.about["workers"]):
-            trial = work.group.trials[0]
             work.group.keep(configs=True)
-            planned[work.group.folder.name] = {
-                "seconds": work.seconds,
-                "trials": [t.folder.name for t in work.group.trials],
-                "data": prepare(trial)[0].sha256,
-                "weights": pretrained.load(trial.model, trial.task.facts).sha256,
-            }
+            names = [trial.folder.name for trial in work.group.trials]
+            company = known[names[0]]
+            planned[work.group.folder.name] = {"seconds": work.seconds, "trials": names, **inputs[company]}
         about = {"host": fleets.process()["host"], "fleets": planned}
         storage.replace(self.folder / PLAN, json.dumps(about).encode(), self.root)
 
@@ -306,6 +310,7 @@ class Command:
             raise UserError("\n".join([f"versions on {self.about['host']}, of the command → on {mine}, here:", *lines]))
 
     def forget(self) -> None:
+        """Takes it back."""
         shutil.rmtree(self.folder, ignore_errors=True)
         with suppress(OSError):
             self.folder.parent.rmdir()
@@ -316,6 +321,19 @@ class Command:
         left = {fleets.origin(self.folder.parent / name) for name in names if len(name) == 16}
         if self.is_cut() and not left & self.planned.keys():
             self.forget()
+
+
+def forget_commands(root: Path) -> None:
+    """Forgets what commands handed out that have ended without doing so, as a kill makes them."""
+    for folder in (root / FLEETS).glob(f"{COMMANDS}*"):
+        try:
+            command = Command(folder)
+        except (OSError, ValueError):
+            continue
+        if command.is_cut():
+            command.forget_if_over()
+        elif not command.about["detached"] and fleets.has_ended(command.about):
+            command.forget()
 
 
 # --- A worker
@@ -463,6 +481,8 @@ class Worker(Trainer):
                     return
                 self.inputs = self._inputs(group.known_as)
                 self.train_held(group, claim)
+                for path, failure in self.failures.items():
+                    fleets.write_failure(self.root / FLEETS, path.name, str(failure), self.root)
             except InUse as error:
                 self.console.say(str(error))
                 self.busy.add(group.folder)
@@ -480,7 +500,7 @@ class Worker(Trainer):
 
     def fail(self, trial: Trial, error: Exception) -> None:
         self.console.failed(trial, str(error))
-        fleets.write_failure(self.root / FLEETS, trial.folder.name, str(error), self.root)
+        self.failures[trial.folder] = error
 
     def _inputs(self, fleet: str | None) -> "Inputs | None":
         for command in self.commands.values():
