@@ -150,7 +150,7 @@ def print_plan(trials: Sequence[Trial]) -> None:
     groups = plan(trained, sweep.trials)
     measured: dict[str, float] = {}  # seconds of a trial of a company that has finished ones
     for folder, result in sweep.found.items():
-        measured.setdefault(sweep.trials[folder].company, result["seconds"]["total"] / result["fleet_size"])
+        measured.setdefault(sweep.trials[folder].company, storage.share_of_seconds(result))
     total, known = 0.0, True
     table = Table("fleet", "trials", "", "memory", "time", box=None, pad_edge=False)
     for number, group in enumerate(groups, start=1):

@@ -86,7 +86,7 @@ def report(options: argparse.Namespace) -> None:
     folder = options.output or options.folders[0] / "report"
     if options.output and folder.is_symlink():  # it is named by the user, not by a folder of results
         folder = folder.resolve()
-    made = tables.all_tables(panels) if options.only != "curves" else []
+    made = [*tables.answers(panels), *tables.all_tables(panels)] if options.only != "curves" else []
     shown = [table for table in made if not table.aside]
     written: list[Path] = []
     if options.only in (None, "curves"):
@@ -95,7 +95,10 @@ def report(options: argparse.Namespace) -> None:
         written += tables.write(made, folder)
     if options.only in (None, "page"):
         written.append(page.write(folder / "index.html", panels, made, notes, options.layer, options.factor))
-    printed = {None: [table for table in shown if table.name.startswith(("scores", "ladder"))], "table": shown}
+    printed = {
+        None: [table for table in shown if table.name.startswith(("answer", "scores", "ladder"))],
+        "table": shown,
+    }
     print("\n".join(tables.FORMS[options.format][1](table) for table in printed.get(options.only, [])), end="")
     for path in written:
         print(terminal.printable(str(path)), file=sys.stderr if options.only == "table" else sys.stdout)

@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 import textwrap
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from delora import storage
-from delora.report import statistics
+from delora.report import budget, statistics
 from delora.report.statistics import Curve, Panel
 from delora.report.tables import number
 from delora.report.trials import label_order, looks
@@ -33,6 +34,9 @@ X_LABELS = {
     "factor": "learning rate, times each method's base rate",
     "rate": "learning rate",
     "step": "training step",
+    "trials": "configs tried",
+    "hours": "hours of one device",
+    "epochs": "trial-epochs",
 }
 RC: dict[Any, Any] = {
     "font.size": 8.5,
@@ -212,6 +216,7 @@ def draw(
 
 
 def _pictures(panels: Sequence[Panel], layer: str | None, factor: float | None) -> "Iterator[tuple[str, Figure]]":
+    whole = panels
     panels, left_out = drawn(panels)
     of_layer = "-" + re.sub(r"[^\w.-]", "x", layer) if layer else ""
     if any(len(curve.factors_F) > 1 for panel in panels for curve in panel.curves):
@@ -222,6 +227,7 @@ def _pictures(panels: Sequence[Panel], layer: str | None, factor: float | None) 
                 yield f"{quantity}_by_factor{of_layer}", _by_rate(panels, "factor", (quantity,), layer, left_out)
     if any(len(trial.history) > 1 for panel in panels for trial in panel.trials):
         yield f"training{of_layer}", _over_training(panels, layer, factor, left_out)
+    yield from ((f"budget_by_{axis}", figure) for axis in budget.AXES if (figure := _by_budget(whole, axis)))
 
 
 def drawn(panels: Sequence[Panel]) -> tuple[list[Panel], str]:
@@ -355,6 +361,57 @@ def _over_training(panels: Sequence[Panel], layer: str | None, factor: float | N
     chosen = f"at {factor_text(factor)} times the base rate" if factor is not None else "at each method's best rate"
     note = f"Trials {chosen}. {on_lines(panels)} Thin: single trials. ×: diverged; from there on it counts as guessing."
     return _finish(figure, look, references, X_LABELS["step"], note + left_out)
+
+
+def _by_budget(panels: Sequence[Panel], axis: str) -> "Figure | None":
+    """Expected best on validation, and what it has on test, against the budget; None where nothing was tuned."""
+    of_panels = {id(panel): [b for b in budget.budgets(panel) if b.drawn_by(axis)] for panel in panels}
+    panels = [panel for panel in panels if of_panels[id(panel)]]
+    if not panels:
+        return None
+    best: dict[str, float] = defaultdict(float)
+    for one in itertools.chain(*of_panels.values()):
+        best[one.label] = max(best[one.label], one.validation_3M[0, -1])
+    kept = sorted(best, key=lambda label: -best[label])[:DRAWN]
+    splits = ["validation", *(["score"] if any(panel.split == "test" for panel in panels) else [])]
+    figure, axes, _ = _figure(panels, len(splits))
+    look = styles(kept)
+    for at, (split, panel) in zip(axes, itertools.product(splits, panels), strict=True):
+        shown = [one for one in of_panels[id(panel)] if one.label in kept]
+        for one in shown:
+            x_M, every = one.x_M(axis), max(1, one.configs // 8)
+            _draw_band(at, look[one.label], x_M, 100 * getattr(one, f"{split}_3M"), markevery=every)
+        means = np.concatenate([100 * getattr(one, f"{split}_3M")[0] for one in shown])
+        room = 0.2 * max(float(np.ptp(means)), 1)
+        at.set_ylim(means.min() - room, means.max() + room)  # of the bands of few configs that is a part
+        _budget_axis(at, [float(x) for one in shown for x in one.x_M(axis)], axis)
+        at.set_ylabel(budget_label(panel, split))
+    note = (
+        f"Expected best of so many configs, drawn at random from those that were tried; a config's validation score is "
+        f"the mean over its seeds. Bands: 95 % intervals, for up to half of a method's configs."
+        f"{f' Drawn are the {DRAWN} of {len(best)} methods that are best.' if len(best) > DRAWN else ''}"
+    )
+    devices = ", ".join(sorted({t.result["made_by"]["device"] for panel in panels for t in panel.trials}))
+    return _finish(figure, look, {}, f"{X_LABELS[axis]}{f' ({devices})' if axis == 'hours' else ''}", note)
+
+
+def budget_label(panel: Panel, split: str) -> str:
+    """Of the expected best: "validation", or what the same config has on the panel's split."""
+    part = "best validation" if split == "validation" else f"its {panel.split}"
+    return f"{part} {METRICS.get(panel.facts.headline, panel.facts.headline)} (%)"
+
+
+def _budget_axis(axis: "Axes", values: Sequence[float], kind: str) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+    axis.set_xscale("log")
+    axis.xaxis.set_minor_locator(NullLocator())
+    if kind == "trials":
+        axis.xaxis.set_major_locator(FixedLocator(budget.shown(int(max(values)))))
+    else:
+        subs = (1, 2, 5) if max(values) / min(values) < 100 else (1,)
+        axis.xaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
 
 
 def _figure(panels: Sequence[Panel], rows: int = 1) -> tuple["Figure", list["Axes"], dict[str, Style]]:

@@ -1,6 +1,7 @@
 """One HTML file with curves, tables and every trial; it needs neither network nor other files."""
 
 import html
+import itertools
 import json
 import math
 import os
@@ -12,7 +13,8 @@ from urllib.parse import quote
 import numpy as np
 
 from delora import storage
-from delora.report import curves, statistics
+from delora.report import budget, curves, statistics
+from delora.report.budget import Budget
 from delora.report.statistics import Panel
 from delora.report.tables import EMPTY, Cell, Table, is_text, number, some
 from delora.report.trials import Trial
@@ -41,13 +43,18 @@ def write(
     keys = list(dict.fromkeys(key for fact in facts for key in fact))
     shared = {key: facts[0][key] for key in keys if all(key in fact and fact[key] == facts[0][key] for fact in facts)}
     own = [key for key in keys if key not in shared]
-    look = curves.styles(curve.label for panel in panels for curve in panel.curves)
+    budgets = [budget.budgets(panel) for panel in panels]
+    labels = [one.label for of_panel in budgets for one in of_panel]
+    look = curves.styles([*(curve.label for panel in panels for curve in panel.curves), *labels])
     data = {
         "references": {
             name: " ".join(str(1.5 * d) for d in dash) for name, dash in curves.reference_styles(panels).items()
         },
         "styles": {label: [s.color, s.marker, " ".join(str(1.5 * d) for d in s.dash)] for label, s in look.items()},
-        "views": _views(panels, {id(trial): i for i, trial in enumerate(trials)}, layer, factor),
+        "views": [
+            *_views(panels, {id(trial): i for i, trial in enumerate(trials)}, layer, factor),
+            *_budget_views(panels, budgets),
+        ],
         "links": links,
         "logs": logs,
         "shared": shared,
@@ -58,7 +65,8 @@ def write(
         "LINES": html.escape(curves.on_lines(panels)),
         "TITLE": html.escape(_title(panels)),
         "NOTES": "".join(f"<li>{html.escape(note)}</li>" for note in notes),
-        "TABLES": "".join(_table(table) for table in tables),
+        "ANSWERS": "".join(_table(table) for table in tables if table.name.startswith("answer")),
+        "TABLES": "".join(_table(table) for table in tables if not table.name.startswith("answer")),
         "TRIALS": _table(_trials(trials), links),
         "DATA": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
     }
@@ -118,6 +126,32 @@ def _views(panels: Sequence[Panel], index: dict[int, int], layer: str | None, fa
         }
         if any(series["line"] for chart in charts for series in chart["series"]):
             made.append(view)
+    return made
+
+
+def _budget_views(panels: Sequence[Panel], budgets: Sequence[Sequence[Budget]]) -> list[dict]:
+    """Against what was tuned: the expected best on validation, and what it has on test."""
+    made = []
+    for split, axis in itertools.product(("validation", "score"), budget.AXES):
+        charts: list[dict] = [
+            {
+                "title": title,
+                "y": curves.budget_label(panel, split),
+                "ticks": None,
+                "references": [],
+                "series": [
+                    {"label": one.label, "line": _line(one.x_M(axis), 100 * getattr(one, f"{split}_3M")),
+                     "points": [], "paths": []}
+                    for one in of_panel if one.drawn_by(axis)
+                ],
+            }
+            for title, panel, of_panel in zip(curves.panel_titles(panels), panels, budgets, strict=True)
+            if any(one.drawn_by(axis) for one in of_panel) and (split == "validation" or panel.split == "test")
+        ]  # fmt: skip
+        if charts:
+            name = f"budget: {'validation' if split == 'validation' else 'test'} by {axis}"
+            view = {"name": name, "x": curves.X_LABELS[axis], "logX": True, "logY": False, "least": None}
+            made.append({**view, "charts": charts})
     return made
 
 

@@ -37,6 +37,7 @@ from delora.storage.schema import (
     differences,
     flatten,
     is_of,
+    share_of_seconds,
     without_hashes,
 )
 from delora.storage.writing import WAYS_ON, ConfigChanged, InUse, TrialFolder, open_trial, set_aside
@@ -81,6 +82,7 @@ __all__ = [
     "read_tensors",
     "replace",
     "set_aside",
+    "share_of_seconds",
     "stored_config",
     "versions",
     "without_hashes",
