@@ -262,11 +262,12 @@ class Outcome:
 outcome = Outcome()
 
 
-def train(trials: "Sequence[Trial]", sweep: bool = True) -> list[float | None]:
+def train(trials: "Sequence[Trial]", sweep: bool = True, shows: bool = True) -> list[float | None]:
     """Trains trials, or says what they would take.
 
     Args:
         sweep: whether they belong to a sweep, which takes the name.
+        shows: whether results are printed.
 
     Returns:
         The headline score on validation of each, `LOWEST` where it diverged, None where it failed.
@@ -291,7 +292,8 @@ def train(trials: "Sequence[Trial]", sweep: bool = True) -> list[float | None]:
     from delora.sweep import run
 
     results = run(trials)
-    print_results(trials, results)
+    if shows:
+        print_results(trials, results)
     if outcome.repeats and results[0] and not sweep:
         from delora.again import say_differences
 

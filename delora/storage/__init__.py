@@ -12,7 +12,7 @@ Files other than the two that grow are replaced whole: a reader sees the old one
 Nothing is written through a link, nothing but regular files is read.
 """
 
-from delora.storage.files import Folder, ResultsError, content, replace
+from delora.storage.files import LOG_LIMIT, Folder, ResultsError, content, explain, forget, replace
 from delora.storage.made_by import cpu_name, provenance, versions
 from delora.storage.reading import Found, StoredTrial, find, finished, read, read_tensors, stored_config
 from delora.storage.schema import (
@@ -40,12 +40,13 @@ from delora.storage.schema import (
     share_of_seconds,
     without_hashes,
 )
-from delora.storage.writing import WAYS_ON, ConfigChanged, InUse, TrialFolder, open_trial, set_aside
+from delora.storage.writing import WAYS_ON, ConfigChanged, InUse, TrialFolder, lock, open_trial, set_aside
 
 __all__ = [
     "ADAPTER",
     "CONFIG",
     "LOG",
+    "LOG_LIMIT",
     "METRICS",
     "PREDICTIONS",
     "RESULT",
@@ -72,10 +73,13 @@ __all__ = [
     "content",
     "cpu_name",
     "differences",
+    "explain",
     "find",
     "finished",
     "flatten",
+    "forget",
     "is_of",
+    "lock",
     "open_trial",
     "provenance",
     "read",
