@@ -286,7 +286,8 @@ class Search:
                 if new and not any(asked.state.is_finished() for asked in self.study.trials):
                     storage.forget(folder, new)
                 raise
-        print(printable(str(history(self.root))))
+        report = f"delora-report {shlex.quote(str(self.root))}"
+        print(printable(f"{history(self.root)}\nresults in {self.root}; curves, tables and a page: {report}"))
 
     def _chosen(self, values: Mapping[str, Any]) -> list[str]:
         return [f"{key}={value}" for key, value in values.items()]
@@ -514,7 +515,6 @@ class History:
             lines.append("  best so far " + ", ".join(f"{top:.4f} (config {number})" for top, number in tops))
         if self.importance:
             lines.append("  importance  " + ", ".join(f"{key} {share:.2f}" for key, share in self.importance.items()))
-        lines.append(f"  history     delora-report {shlex.quote(str(self.root))}")
         return "\n".join(lines)
 
 
@@ -546,6 +546,23 @@ def history(root: Path) -> History | None:
         return History(root, task, _metric(root), command, about["seeds"], tried, _importance(study))
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(_damaged(path, f"{type(error).__name__}: {error}")) from error
+
+
+def below(folders: Iterable[Path]) -> tuple[list[History], list[str]]:
+    """The searches of folders and of those in them, and why others cannot be read."""
+    roots = [path.parent.parent for folder in folders for path in _journals(folder)]
+    found, problems = [], []
+    for root in dict.fromkeys(root.resolve() for root in roots):
+        try:
+            if search := history(root):
+                found.append(search)
+        except UserError as error:
+            problems.append(printable(str(error)))
+    return found, problems
+
+
+def _journals(folder: Path) -> list[Path]:
+    return [*folder.glob(f"{FOLDER}/{JOURNAL}"), *sorted(folder.glob(f"*/{FOLDER}/{JOURNAL}"))]
 
 
 def _metric(root: Path) -> str:

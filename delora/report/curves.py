@@ -19,7 +19,8 @@ from delora.report import budget, statistics
 from delora.report.statistics import Curve, Panel
 from delora.report.tables import number
 from delora.report.trials import label_order, looks
-from delora.terminal import counted
+from delora.search import History
+from delora.terminal import counted, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -193,18 +194,20 @@ def draw(
     layer: str | None = None,
     factor: float | None = None,
     formats: Iterable[str] = FORMATS,
+    searches: Sequence[History] = (),
 ) -> list[Path]:
     """Draws every picture that the trials allow into `folder`, each in all formats; returns the files.
 
     Args:
         layer: the layers whose distance, λ and change the trials hold, for the labels; None for all.
         factor: the factor of the trials that are drawn over training; None for each method's best.
+        searches: whose histories are drawn too.
     """
     import matplotlib
 
     files = []
     with matplotlib.rc_context(RC):
-        for name, figure in _pictures(panels, layer, factor):
+        for name, figure in itertools.chain(_pictures(panels, layer, factor), _of_searches(searches)):
             figure.draw_without_rendering()
             figure.set_layout_engine("none")  # the layout is found once for all formats
             for kind in formats:
@@ -412,6 +415,41 @@ def _budget_axis(axis: "Axes", values: Sequence[float], kind: str) -> None:
         subs = (1, 2, 5) if max(values) / min(values) < 100 else (1,)
         axis.xaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
     axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+
+
+BEST_SO_FAR, TRIED = "best so far", "config"
+OF_SEARCHES = {BEST_SO_FAR: Style("#0072B2", "s"), TRIED: Style("#777777", "o", (1, 3))}
+
+
+def _of_searches(searches: Sequence[History]) -> "Iterator[tuple[str, Figure]]":
+    """Score against the configs of each search, in the order in which they were asked for."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    searches = [search for search in searches if search.best]
+    if not searches:
+        return
+    figure = Figure(figsize=(5.6, 2.6 * len(searches) + 1.1), layout="constrained")
+    for i, search in enumerate(searches):
+        axis = figure.add_subplot(len(searches), 1, i + 1)
+        axis.set_title(printable(f"{search.root.name}, {search.task}"))
+        x = np.arange(1, len(search.tried) + 1)
+        scores = np.array([math.nan if one.score is None else 100 * one.score for one in search.tried])
+        top = np.array([math.nan if best is None else 100 * best for best in search.best_so_far])
+        axis.plot(x, top, color=OF_SEARCHES[BEST_SO_FAR].color, linewidth=1.5, drawstyle="steps-post", zorder=3)
+        axis.scatter(x, scores, s=14, color=OF_SEARCHES[TRIED].color, linewidths=0, zorder=4)
+        lost = np.array([one.status in ("diverged", "failed") for one in search.tried])
+        axis.scatter(x[lost], np.zeros(lost.sum()), color="#444", transform=axis.get_xaxis_transform(), **LOST)
+        axis.set_ylabel(f"validation {METRICS.get(search.metric, search.metric)} (%)")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    note = (
+        "Each config's mean over its seeds. × at the bottom: diverged or failed."
+        if any(len(search.seeds) > 1 for search in searches)
+        else "× at the bottom: diverged or failed."
+    )
+    shares = [f"{key} {share:.2f}" for search in searches for key, share in search.importance.items()]
+    note += f" Importance of the keys: {', '.join(shares)}." if shares and len(searches) == 1 else ""
+    yield "search", _finish(figure, OF_SEARCHES, {}, "configs of the search, in order", note)
 
 
 def _figure(panels: Sequence[Panel], rows: int = 1) -> tuple["Figure", list["Axes"], dict[str, Style]]:

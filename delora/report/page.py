@@ -18,6 +18,8 @@ from delora.report.budget import Budget
 from delora.report.statistics import Panel
 from delora.report.tables import EMPTY, Cell, Table, is_text, number, some
 from delora.report.trials import Trial
+from delora.search import History
+from delora.terminal import printable
 
 EVALUATIONS = 60  # of a trial, drawn over training: more would not be told apart
 
@@ -29,11 +31,12 @@ def write(
     notes: Sequence[str],
     layer: str | None = None,
     factor: float | None = None,
+    searches: Sequence[History] = (),
 ) -> Path:
     """Writes the page; returns its path.
 
     Args:
-        layer, factor: as `curves.draw` takes them.
+        layer, factor, searches: as `curves.draw` takes them.
     """
     trials = [trial for panel in panels for trial in panel.trials]
     folder = path.parent.resolve()
@@ -46,6 +49,7 @@ def write(
     budgets = [budget.budgets(panel) for panel in panels]
     labels = [one.label for of_panel in budgets for one in of_panel]
     look = curves.styles([*(curve.label for panel in panels for curve in panel.curves), *labels])
+    look |= curves.OF_SEARCHES if searches else {}
     data = {
         "references": {
             name: " ".join(str(1.5 * d) for d in dash) for name, dash in curves.reference_styles(panels).items()
@@ -54,6 +58,7 @@ def write(
         "views": [
             *_views(panels, {id(trial): i for i, trial in enumerate(trials)}, layer, factor),
             *_budget_views(panels, budgets),
+            *_search_views(searches),
         ],
         "links": links,
         "logs": logs,
@@ -153,6 +158,22 @@ def _budget_views(panels: Sequence[Panel], budgets: Sequence[Sequence[Budget]]) 
             view = {"name": name, "x": curves.X_LABELS[axis], "logX": True, "logY": False, "least": None}
             made.append({**view, "charts": charts})
     return made
+
+
+def _search_views(searches: Sequence[History]) -> list[dict]:
+    """Score against the configs of each search, in their order."""
+    charts = []
+    for search in (search for search in searches if search.best):
+        lines = {curves.BEST_SO_FAR: search.best_so_far, curves.TRIED: [one.score for one in search.tried]}
+        series = [
+            {"label": label, "points": [], "paths": [],
+             "line": [[i, _short(100 * y), None, None] for i, y in enumerate(of, start=1) if y is not None]}
+            for label, of in lines.items()
+        ]  # fmt: skip
+        y = f"validation {curves.METRICS.get(search.metric, search.metric)} (%)"
+        charts.append({"title": printable(search.root.name), "y": y, "ticks": None, "references": [], "series": series})
+    view = {"name": "search", "x": "configs of the search, in order", "logX": False, "logY": False, "least": None}
+    return [{**view, "charts": charts}] if charts else []
 
 
 def _by_rate(panel: Panel, quantity: str, index: dict[int, int], x: str) -> list[dict]:

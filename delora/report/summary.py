@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from delora import search
 from delora.report import budget, curves, statistics, tables, trials
 from delora.report.statistics import Panel
 
@@ -22,15 +23,17 @@ def make(sweep: Path, pictures: Path) -> dict[str, Any]:
     Raises:
         UserError: what `trials.read` raises.
     """
-    panels = statistics.panels(trials.read([sweep]).trials)
+    panels, searches = statistics.panels(trials.read([sweep]).trials), search.below([sweep])[0]
+    made = [*tables.answers(panels), *map(tables.of_search, searches), *tables.all_tables(panels)]
+    drawn = curves.draw(panels, pictures, formats=["png"], searches=searches)
     return {
         "charts": list(_charts(panels)),
         "tables": {
             table.title: [table.columns, *([cell.text for cell in row] for row in table.rows)]
-            for table in (*tables.answers(panels), *tables.all_tables(panels))
+            for table in made
             if not table.aside
         },
-        "pictures": {path.stem: str(path) for path in curves.draw(panels, pictures, formats=["png"])},
+        "pictures": {path.stem: str(path) for path in drawn},
     }
 
 

@@ -20,6 +20,7 @@ from delora.report import budget, statistics
 from delora.report.budget import Budget
 from delora.report.statistics import Curve, Estimate, Panel, Robustness
 from delora.report.trials import TEST_ROWS, Collection, Trial, label_order, looks
+from delora.search import History
 from delora.tasks import TASKS
 from delora.terminal import counted, printable
 
@@ -97,6 +98,44 @@ def all_tables(panels: Sequence[Panel]) -> list[Table]:
 def answers(panels: Sequence[Panel]) -> list[Table]:
     """Which method and which rate to take, of each group of panels: what stands first in a report."""
     return [table for group in _groups(panels) if (table := _answer(group)).rows]
+
+
+def of_search(search: History) -> Table:
+    """What a search has tried, the best first."""
+    keys = list(dict.fromkeys(key for one in search.tried for key in one.params))
+    several = len(search.seeds) > 1
+    rows = []
+    for one in sorted(search.tried, key=lambda one: (one.score is None, -(one.score or 0.0), one.number)):
+        by_seed = ", ".join(MISSING if score is None else f"{100 * score:.1f}" for score in one.scores)
+        rows.append(
+            [
+                Cell(str(one.number), {"": one.number}),
+                *(_written(one.params.get(key, MISSING)) for key in keys),
+                EMPTY if one.score is None else Cell(f"{100 * one.score:.2f}", {"": 100 * one.score}),
+                *([Cell(by_seed)] if several else []),
+                Cell(one.status),
+            ]
+        )
+    shares = ", ".join(f"{key} {share:.2f}" for key, share in search.importance.items())
+    best = search.best
+    notes = (
+        f"{counted(len(search.tried), 'config')}, {search.counts()}, in the order of {search.metric} on validation, in "
+        f"percent{f', the mean over seeds {_listed(search.seeds)}' if several else ''}; config: when it was asked for. "
+        f"{f'Importance of the keys for the best tenth of scores (PED-ANOVA): {shares}. ' if shares else ''}"
+        f"{f'Trained by: {search.trained_by(best)}' if best else 'No config has a score.'}"
+    )
+    columns = ["config", *keys, f"{search.metric}", *(["by seed"] if several else []), "status"]
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"search-{search.root.resolve().name}")
+    title = printable(f"Search of {search.root.resolve().name}: {search.task}")
+    return Table(name, title, printable(notes), columns, rows)
+
+
+def _written(text: str) -> Cell:
+    """A value as it is written on the command line; a number to four digits."""
+    try:
+        return Cell(f"{float(text):.4g}", {"": float(text)})
+    except ValueError:
+        return Cell(printable(text))
 
 
 def _groups(panels: Sequence[Panel]) -> list[list[Panel]]:
