@@ -224,7 +224,8 @@ def _optuna() -> Any:
     except ImportError:
         raise UserError(NEEDED) from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    warnings.filterwarnings("ignore", module="optuna")  # that an option is experimental, that trials are few
+    warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
+    warnings.filterwarnings("ignore", module="optuna")  # that trials are few
     return optuna
 
 

@@ -555,8 +555,8 @@ def _budgets(group: Sequence[Panel]) -> Table:
         f"interval with the jackknife's standard error over configs and, from {statistics.FEWEST} seeds on, over "
         f"seeds; for up to half of the configs, beyond which it would be too narrow. It takes the configs for draws "
         f"from all that might have been tried, which those of a search that goes where scores are high are not. Hours "
-        f"of {_devices(group)} and trial-epochs: what so many configs take on the mean. Diverged trials count as "
-        f"guessing."
+        f"of {_devices(group)}, a trial's share of its fleet's, and trial-epochs: what so many configs take on the "
+        f"mean. Diverged trials count as guessing."
     )
     notes += f" Left out, with fewer seeds than others: {some(few)}." if few else ""
     columns = ["task", "method", "n", "tried", "validation", *(["test"] if tested else []), "hours", "trial-epochs"]
