@@ -193,7 +193,7 @@ def _answer(group: Sequence[Panel]) -> Table:
     notes = (
         f"Of each method the config with the highest mean on validation over its n seeds, the highest of all first; "
         f"configs with fewer seeds do not compete, those of which a seed diverged stand behind. "
-        f"{'Validation, which chose, flatters; ' if tested else ''}Score on {group[0].split}, in percent, "
+        f"{'Validation, which chose, flatters. ' if tested else ''}Score on {group[0].split}, in percent, "
         f"with its 95 % bootstrap interval over {statistics.FEWEST} seeds or more. Split: {_split(group[0])}. "
         f"Rate may be: between which rates the mean score stays within 1 point, ≤ and ≥ where the grid ends first. "
         f"Tuned by: the method's configs and trials, and what they took of {_devices(group)}; trials that stand for "
