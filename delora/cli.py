@@ -279,11 +279,12 @@ class Outcome:
 outcome = Outcome()
 
 
-def train(trials: "Sequence[Trial]", sweep: bool = True) -> list[float | None]:
+def train(trials: "Sequence[Trial]", sweep: bool = True, shows: bool = True) -> list[float | None]:
     """Trains trials, or says what they would take.
 
     Args:
         sweep: whether they belong to a sweep, which takes the name.
+        shows: whether results are printed.
 
     Returns:
         The headline score on validation of each, `LOWEST` where it diverged, None where it failed.
@@ -314,7 +315,8 @@ def train(trials: "Sequence[Trial]", sweep: bool = True) -> list[float | None]:
             f"handed out; how far it is: delora-status {folder}, results: the same command, or delora-report {folder}"
         )
         return [None] * len(trials)
-    print_results(trials, results)
+    if shows:
+        print_results(trials, results)
     if outcome.repeats and results[0] and not sweep:
         from delora.again import say_differences
 

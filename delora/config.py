@@ -32,7 +32,7 @@ ROWS = ("data.train", "data.validation", "data.test")  # where one's own rows ar
 NOT_THE_TRIAL = (
     *("name", "sweep", "output_dir", "logger", "device", "compile", "log_every", "data.dir", "method.start"),
     *ROWS,
-    *("fleet", "on_error", "resume", "plan", "engine", "detach"),
+    *("fleet", "search", "on_error", "resume", "plan", "engine", "detach"),
 )
 # Keys that are there for `Trial.rate` and `Trial.lambda_rate`, or for values that follow from them.
 RATES = ("lr", "lr_factor", "lr_factor_on", "method.base_lr", "method.weight_decay", "method.lambda_lr")
@@ -349,6 +349,21 @@ class EngineConfig(Section):
         return self.model_dump(exclude={"target", "name", "workers", "per_gpu", "gpu_memory"}, exclude_unset=True)
 
 
+def _each_once(seeds: tuple[int, ...]) -> tuple[int, ...]:
+    if twice := [seed for seed in dict.fromkeys(seeds) if seeds.count(seed) > 1]:
+        raise ValueError(f"{', '.join(map(str, twice))} twice: it would count as two seeds")
+    return seeds
+
+
+class SearchConfig(Section):
+    """What `hydra/sweeper=search` does; `over` are the keys that it varies, which it says itself."""
+
+    trials: Annotated[Whole, Field(le=100_000)]
+    batch: Whole
+    seeds: Annotated[tuple[Seed, ...], Field(strict=False, min_length=1), AfterValidator(_each_once)] | None
+    over: Annotated[tuple[Text, ...], Field(strict=False)] = ()
+
+
 class Trial(Section):
     """The config of one trial, checked and frozen. conf/config.yaml says what each key means."""
 
@@ -374,6 +389,7 @@ class Trial(Section):
     resume: Literal["auto", "force"]
     on_error: Literal["continue", "stop", "retry"]
     fleet: FleetConfig
+    search: SearchConfig | None = None  # stored configs of earlier versions have none
     task: TaskConfig
     method: MethodConfig
     model: ModelConfig

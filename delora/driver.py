@@ -6,7 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from delora import fleets
+from delora import fleets, storage
 from delora.config import Trial
 from delora.console import Console
 from delora.engines.base import ENDED, RUNNING, Engine, WorkerState
@@ -88,10 +88,7 @@ class Driver:
         if (asked := self.engine.options.workers) and asked > self.workers:
             left = counted(len(self.trained), "trial")
             self.console.say(f"engine.workers={asked}: {self.workers} are started, for {left}")
-        measured = {
-            folder.name: result["seconds"]["total"] / result["fleet_size"]
-            for folder, result in self._one_of_each_company()
-        }
+        measured = {folder.name: storage.share_of_seconds(result) for folder, result in self._one_of_each_company()}
         some = [
             *wanted.values(),
             *(self.trials[self.root / name] for name in measured if self.root / name not in wanted),

@@ -36,6 +36,8 @@ from delora.config import (
     name_of,
     nearest,
 )
+from delora.errors import UserError
+from delora.search import dimension
 
 MOST_TRIALS = 100_000  # of a sweep
 OURS = ("fleet", "basic")  # sweepers that run all combinations; others look for the best one
@@ -50,13 +52,9 @@ def tidy(words: Iterable[str]) -> list[str]:
     """The words as Hydra takes them: flags first, `+experiment=x` as `experiment=x`, quotes around `~/glue` and `结果`.
 
     The config has each group and key already, so that nothing has to be added to it, but below `method.config`.
-    Optuna's sweeper, which looks for the lowest value where it is not told otherwise, is told that scores are best when
-    high.
     """
     plain = [_quoted(re.sub(r"^\+{1,2}(?!hydra[./])", "", word)) for word in words]
     plain = [f"++{word}" if _OPEN.match(word) else word for word in plain]
-    if "hydra/sweeper=optuna" in plain and not any(word.startswith("hydra.sweeper.direction=") for word in plain):
-        plain.append("hydra.sweeper.direction=maximize")
     return sorted(plain, key=lambda word: "=" in word and not word.startswith("-"))
 
 
@@ -142,6 +140,7 @@ class _Command:
         self.faults: list[object] = []
         self._multirun, self._config = multirun, config
         overrides = self._parse(words)
+        self._searches = any(str(o.input_line) == "hydra/sweeper=search" for o in overrides)
         self._looks_for_best = any(o.key_or_group == "hydra/sweeper" and o.value() not in OURS for o in overrides)
         self.faults += [fault for override in overrides if (fault := _astray(override))]
         self._folders = [*folders, *_search_path(overrides)]
@@ -201,7 +200,13 @@ class _Command:
         if not override.is_sweep_override():
             return [override.value()]
         sweep = override.value()
-        if message := self._not_to_sweep(override.key_or_group, sweep):
+        message = self._not_to_sweep(override.key_or_group, sweep)
+        if self._searches and message is None:
+            try:
+                dimension(override)
+            except UserError as error:
+                message = str(error)
+        if message:
             self.faults.append(f"{override.input_line}: {message}")
         if isinstance(sweep, IntervalSweep):
             return [sweep.start, sweep.end] if self._looks_for_best else []
@@ -211,7 +216,7 @@ class _Command:
             values = [Override._convert_value(value) for value in override.sweep_iterator()]  # type: ignore[arg-type]
         except (HydraException, ValueError, ArithmeticError):  # a range in steps of 0, or from nan
             values = []
-        if not values:
+        if not values and not message:
             self.faults.append(f"{override.input_line}: holds no value")
         return values
 
@@ -223,9 +228,7 @@ class _Command:
         if any(key == shared or key.startswith(f"{shared}.") for shared in same):
             return "has one value for all trials: it says where or how they run, not what they are"
         if isinstance(sweep, IntervalSweep) and not self._looks_for_best:
-            return "an interval needs hydra/sweeper=optuna, which looks for the best; for all values: a,b,c"
-        if isinstance(sweep, IntervalSweep) and sweep.start > sweep.end:  # type: ignore[operator]
-            return "the lower bound comes first"
+            return "an interval needs hydra/sweeper=search, which looks for the best; for all values: a,b,c"
         return None
 
     def _choose(self, override: Override) -> list[str]:
@@ -381,8 +384,6 @@ def _astray(override: Override) -> object | None:
     if key in ("hydra.launcher._target_", "hydra.sweeper._target_"):
         group = key.removesuffix("._target_").replace(".", "/")
         return Fault(key, value, f"is chosen by name, as in {group}=basic")
-    if key in ("hydra.sweeper.n_trials", "hydra.sweeper.n_jobs") and not (isinstance(value, int) and value > 0):
-        return Fault(key, value, "expected a whole number, at least 1")
     if key == "hydra.job.chdir" and value is not False:
         return Fault(key, value, "runs stay in the folder of the command; results go to output_dir")
     if key == "hydra.searchpath" and (lost := [path for path in _paths(value) if not path.is_dir()]):

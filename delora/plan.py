@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console as Rich
 from rich.table import Table
 
+from delora import storage
 from delora.config import Trial
 from delora.console import duration
 from delora.fleets import FLEETS, NAME, STATE, Group, kept
@@ -199,7 +200,7 @@ def print_plan(trials: Sequence[Trial], found: Mapping[Path, Result], to_train: 
     by_folder = {trial.folder: trial for trial in trials}
     measured: dict[str, float] = {}  # seconds of a trial of a company that has finished ones
     for folder, result in found.items():
-        measured.setdefault(by_folder[folder].company, result["seconds"]["total"] / result["fleet_size"])
+        measured.setdefault(by_folder[folder].company, storage.share_of_seconds(result))
     table = Table("fleet", "trials", "", "memory", "time", box=None, pad_edge=False)
     groups: list[Group] = []
     times: list[float | None] = []

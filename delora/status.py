@@ -93,7 +93,7 @@ class Status:
     @property
     def left(self) -> float | None:
         """Roughly the seconds until all is done, if the trials that are left take as long as those that have ended."""
-        known = [result["seconds"]["total"] / result["fleet_size"] for result in self.results.values()]
+        known = [storage.share_of_seconds(result) for result in self.results.values()]
         if not known or not self.running:
             return None
         waiting = len(self.trials.keys() - self.results.keys() - self.failed.keys())

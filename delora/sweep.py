@@ -275,12 +275,13 @@ def _refuse_changes(trials: Iterable[Trial]) -> None:
         known = [config for path in sorted(root.glob("*/")) if (config := storage.stored_config(path))]
         if not known:
             continue
+        searched = mine[0].search.over if mine[0].search else ()
         old, new = _values(known), _values([trial.resolved() for trial in mine])
         changes = {
             f"  {key}: {_listed(old[cell][key])} → {_listed(values)}": None
             for cell, keys in new.items()
             for key, values in keys.items()
-            if old.get(cell, {}).get(key, values).isdisjoint(values)
+            if old.get(cell, {}).get(key, values).isdisjoint(values) and not storage.is_of(key, searched)
         }
         if changes:
             told = "\n".join([f"{root} holds trials with another config:", *changes])

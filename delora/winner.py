@@ -205,7 +205,7 @@ def _row(config: Mapping[str, Any], folder: Path, result: Result | None) -> dict
     row |= {"best_epoch": checkpoint and checkpoint["epoch"], "epochs": config.get("epochs")}
     row |= {"parameters": result and result["parameters"]["adapter"]}
     row |= {"head_parameters": result and result["parameters"]["head"]}
-    row |= {"seconds": result and result["seconds"]["total"] / result["fleet_size"]}
+    row |= {"seconds": result and storage.share_of_seconds(result)}
     row |= {"data": look_up(config, "data.name"), "protocol": look_up(config, "protocol.name")}
     row |= {"precision": config.get("precision"), "id": result["id"] if result else folder.name, "folder": str(folder)}
     row |= {f"{part}.{name}": value for part, of in scores.items() for name, value in of.items() if name != metric}

@@ -23,7 +23,12 @@ class FleetLauncher(Launcher):
     """Trains the jobs of a multirun together, as many at a time as can share an encoder.
 
     A job returns what `delora.cli.train` does: its score, for sweepers that look for the best.
+
+    Attributes:
+        shows: whether the results of each launch are printed.
     """
+
+    shows = True
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.context, self.config = hydra_context, config
@@ -35,7 +40,7 @@ class FleetLauncher(Launcher):
         from delora.cli import train
 
         trials = self.trials(job_overrides)
-        scores = train(trials)
+        scores = train(trials, shows=self.shows)
         if trials[0].plan:
             raise SystemExit(0)  # a sweeper that looks for the best would go on
         jobs = zip(job_overrides, scores, strict=True)
@@ -164,16 +169,59 @@ def _place(config: dict[str, Any], key: str) -> tuple[dict[str, Any], str]:
 class FleetSweeper(BasicSweeper):
     """Hydra's own sweeper, which here writes no file and leaves it to the launcher to compose the jobs."""
 
-    def sweep(self, arguments: list[str]) -> Any:
-        assert self.hydra_context is not None and self.launcher is not None
+    launched = 0
+
+    def parsed(self, arguments: list[str]) -> list[Override]:
+        """The command's words, and those of an experiment's own sweep whose keys it has not."""
+        assert self.hydra_context is not None
         parser = OverridesParser.create(config_loader=self.hydra_context.config_loader)
         given = parser.parse_overrides(arguments)
         keys = {override.key_or_group for override in given}  # take the place of what an experiment sweeps over
         theirs = parser.parse_overrides(self._parse_config())
-        overrides = [*(override for override in theirs if override.key_or_group not in keys), *given]
-        returns, first = [], 0
-        for batch in self.split_arguments(overrides, self.max_batch_size):
-            returns.append(self.launcher.launch(batch, initial_job_idx=first))
+        return [*(override for override in theirs if override.key_or_group not in keys), *given]
+
+    def sweep(self, arguments: list[str]) -> Any:
+        assert self.launcher is not None
+        returns = []
+        for batch in self.split_arguments(self.parsed(arguments), self.max_batch_size):
+            returns.append(self.launcher.launch(batch, initial_job_idx=self.launched))
             _ = [job.return_value for job in returns[-1]]  # raises what a job of another launcher raised
-            first += len(batch)
+            self.launched += len(batch)
         return returns
+
+
+class SearchSweeper(FleetSweeper):
+    """Looks for the config with the highest score on validation, in batches that the launcher trains."""
+
+    def sweep(self, arguments: list[str]) -> Any:
+        from delora.errors import UserError
+        from delora.search import Search, dimension
+
+        assert self.launcher is not None
+        if isinstance(self.launcher, FleetLauncher):
+            self.launcher.shows = False  # the search shows its own results when it is over
+        overrides = {override.key_or_group: override for override in self.parsed(arguments)}  # the last of a key
+        space = {}
+        for key, override in overrides.items():
+            if override.is_sweep_override():
+                try:
+                    space[key] = dimension(override)
+                except UserError as error:  # of an experiment's own words: those of the command are checked before
+                    raise UserError(f"{override.input_line}: {error}") from None
+        words = [str(override.input_line) for key, override in overrides.items() if key not in space]
+        Search(words, space, self._compose, self._launch).run()
+
+    def _compose(self, words: list[str]) -> "Trial":
+        from delora.config import Trial
+
+        assert self.hydra_context is not None and self.config is not None
+        config = self.hydra_context.config_loader.load_sweep_config(self.config, words)
+        with open_dict(config):
+            config.pop("hydra")
+        return Trial.from_config(config)
+
+    def _launch(self, jobs: list[list[str]]) -> list[float | None]:
+        assert self.launcher is not None
+        returns = self.launcher.launch(jobs, initial_job_idx=self.launched)
+        self.launched += len(jobs)
+        return [job.return_value for job in returns]  # raises what a job of another launcher raised

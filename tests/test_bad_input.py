@@ -103,7 +103,7 @@ RUN = "model=tiny data=synthetic data.rows.train=64 data.rows.validation=40 logg
 GLUE = "model=tiny logger=none device=cpu task=rte"
 SOURCE = "model=roberta_base model.shape=null data=synthetic logger=none"
 PACKAGE = "model=minilm data=synthetic logger=none model.package"
-OPTUNA = f"{RUN} -m hydra/sweeper=optuna"
+SEARCH = f"{RUN} -m hydra/sweeper=search name=s"
 WRONG = {
     # keys
     f"{RUN} tsak=mrpc": "tsak: no such key; did you mean task?",
@@ -153,14 +153,21 @@ WRONG = {
     f"{RUN} -m lr=range(0.1,0.5,0)": "lr=range(0.1,0.5,0): holds no value",
     f"{RUN} -m lr=range(0,inf)": "trials, a sweep has at most",
     f"{RUN} -m seed=glob(*)": "seed=glob(*): holds no value",
-    f"{RUN} -m lr=interval(0.1,1)": "error: lr=interval(0.1,1): an interval needs hydra/sweeper=optuna",
+    f"{RUN} -m lr=interval(0.1,1)": "error: lr=interval(0.1,1): an interval needs hydra/sweeper=search",
     f"{RUN} -m plan=true,false": "plan=true,false: has one value for all trials",
     f"{RUN} -m on_error=stop,continue": "on_error=stop,continue: has one value for all trials",
     f"{RUN} -m logger=none,wandb": "logger=none,wandb: has one value for all trials",
     f"{RUN} -m logger.mode=online,offline": "logger.mode=online,offline: has one value for all trials",
-    f"{OPTUNA} lr=interval(0.2,0.1)": "lr=interval(0.2,0.1): the lower bound comes first",
-    f"{OPTUNA} lr=interval(0.1,0.2) hydra.sweeper.n_jobs=0": "hydra.sweeper.n_jobs=0: expected a whole number",
-    f"{OPTUNA} lr=interval(0.1,0.2) hydra.sweeper.storage=x": "Could not parse SQLAlchemy URL",
+    f"{SEARCH} lr=interval(0.2,0.1)": "error: lr=interval(0.2,0.1): the lower bound comes first\n",
+    f"{SEARCH} lr=interval(0.1,0.1) seed=1,2": "lr=interval(0.1,0.1): nothing to search for: it has one value",
+    f"{SEARCH} lr=interval(0.1,2) lrr=interval(0.1,2)": "lrr: no such key; did you mean lr?",
+    f"{SEARCH} method.alpha=interval(1,2)": "method=delora has no such key; it belongs to",
+    f"{SEARCH} epochs=interval(1,5)": "epochs=1.0: expected a whole number",
+    f"{SEARCH} lr=interval(0.1,2) search.seeds=[7,8,7]": "search.seeds=[7,8,7]: 7 twice: it would count as two seeds",
+    f"{SEARCH} lr=interval(0.1,2) search.trials=0": "search.trials=0: must be at least 1",
+    f"{SEARCH} lr=interval(0.1,2) search.batch=1,2": "search.batch=1,2: has one value for all trials",
+    f"{SEARCH} epochs=3": "error: hydra/sweeper=search: nothing to search for; write, as an example, lr=interval(",
+    f"{SEARCH} lr=interval(0.1,2) name=null": "error: hydra/sweeper=search keeps its history in the sweep's folder",
     # Hydra's words and flags
     f"{RUN} hydra/launcher=null": "hydra/launcher=null: expected the name of an option",
     f"{RUN} hydra/launcher=slurm": "Could not find 'hydra/launcher/slurm'",

@@ -485,7 +485,7 @@ def test_latex_is_escaped(sweep):
     assert text.count(r"\begin{tabular}") == text.count(r"\bottomrule") == text.count(r"\end{table}") > 3
     text.encode("ascii")  # the rest is LaTeX's own
     captions = re.findall(r"\\caption{(.*)}", text)
-    assert captions[0] == "Scores: minilm, paper protocol." and all(c.count(".") == 1 for c in captions)
+    assert captions[1] == "Scores: minilm, paper protocol." and all(c.count(".") == 1 for c in captions)
 
 
 def test_a_long_table_is_cut_into_pages_of_latex():
@@ -544,7 +544,7 @@ def test_distance_of_the_chosen_layers(tmp_path):
         (panel,) = statistics.panels(trials.read([tmp_path], layer).trials)
         assert curves.at_rates(panel.curves[0], "distance")[:, 0] == pytest.approx([2 * scale, 3 * scale])
     names = [name for name, _ in curves._pictures([panel], "layer.1.*.query", None)]
-    assert names[2:] == ["distance_by_factor-layer.1.x.query", "training-layer.1.x.query"]
+    assert names[2:4] == ["distance_by_factor-layer.1.x.query", "training-layer.1.x.query"]
 
 
 def test_methods_without_a_distance_are_named(tmp_path):
@@ -909,7 +909,10 @@ def test_page_works_in_a_browser(sweep, tmp_path):
                               "distance by factor", "distance by rate",
                               "change by factor", "change by rate",
                               "score over training", "distance over training", "change over training",
-                              "λ over training"]  # fmt: skip
+                              "λ over training",
+                              "budget: validation by trials", "budget: validation by hours",
+                              "budget: validation by epochs", "budget: test by trials", "budget: test by hours",
+                              "budget: test by epochs"]  # fmt: skip
     assert found["curves"]["score by factor"] == {"lines": 4, "trials": 60, "broken": 0}
     lost = sum(trial.diverged for trial in trials.read([sweep]).trials)
     assert lost and found["curves"]["distance by factor"] == {"lines": 4, "trials": 60, "broken": 0}

@@ -68,7 +68,7 @@ def report(options: argparse.Namespace) -> None:
         raise UserError("--range LOW HIGH: two factors above 0, the lower one first, as in --range 0.25 32")
 
     # After the options are read: `--help` and mistakes answer at once.
-    from delora import storage, winner
+    from delora import search, storage, winner
     from delora.report import curves, page, statistics, tables, trials
 
     found = trials.read(options.folders, options.layer)
@@ -77,25 +77,34 @@ def report(options: argparse.Namespace) -> None:
     if options.factor is not None and all(place is None for place in at):
         known = ", ".join(tables.number(factor) for factor in sorted({trial.factor for trial in found.trials}))
         raise UserError(f"--factor {options.factor:g}: no trial has it. The factors are {known}")
-    notes = tables.notes(found, panels)
+    searches, problems = search.below(options.folders)
+    notes = [*tables.notes(found, panels), *problems]
     for note in notes:
         print(f"note: {note}", file=sys.stderr)
     for best in winner.choose(storage.StoredTrial(trial.folder, trial.result) for trial in found.trials):
         print(best, file=sys.stderr if options.only == "table" else sys.stdout)
+    for one in searches:
+        print(terminal.printable(str(one)), file=sys.stderr if options.only == "table" else sys.stdout)
 
     folder = options.output or options.folders[0] / "report"
     if options.output and folder.is_symlink():  # it is named by the user, not by a folder of results
         folder = folder.resolve()
-    made = tables.all_tables(panels) if options.only != "curves" else []
+    made: list[tables.Table] = []
+    if options.only != "curves":
+        made = [*tables.answers(panels), *map(tables.of_search, searches), *tables.all_tables(panels)]
     shown = [table for table in made if not table.aside]
     written: list[Path] = []
     if options.only in (None, "curves"):
-        written += curves.draw(panels, folder, options.layer, options.factor)
+        written += curves.draw(panels, folder, options.layer, options.factor, searches=searches)
     if options.only in (None, "table"):
         written += tables.write(made, folder)
     if options.only in (None, "page"):
-        written.append(page.write(folder / "index.html", panels, made, notes, options.layer, options.factor))
-    printed = {None: [table for table in shown if table.name.startswith(("scores", "ladder"))], "table": shown}
+        at = folder / "index.html"
+        written.append(page.write(at, panels, made, notes, options.layer, options.factor, searches))
+    printed = {
+        None: [table for table in shown if table.name.startswith(("answer", "scores", "ladder"))],
+        "table": shown,
+    }
     print("\n".join(tables.FORMS[options.format][1](table) for table in printed.get(options.only, [])), end="")
     for path in written:
         print(terminal.printable(str(path)), file=sys.stderr if options.only == "table" else sys.stdout)

@@ -6,6 +6,7 @@ import itertools
 import math
 import re
 import textwrap
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,11 +15,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from delora import storage
-from delora.report import statistics
+from delora.report import budget, statistics
 from delora.report.statistics import Curve, Panel
 from delora.report.tables import number
 from delora.report.trials import label_order, looks
-from delora.terminal import counted
+from delora.search import History
+from delora.terminal import counted, printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +35,9 @@ X_LABELS = {
     "factor": "learning rate, times each method's base rate",
     "rate": "learning rate",
     "step": "training step",
+    "trials": "configs tried",
+    "hours": "hours of one device",
+    "epochs": "trial-epochs",
 }
 RC: dict[Any, Any] = {
     "font.size": 8.5,
@@ -189,18 +194,20 @@ def draw(
     layer: str | None = None,
     factor: float | None = None,
     formats: Iterable[str] = FORMATS,
+    searches: Sequence[History] = (),
 ) -> list[Path]:
     """Draws every picture that the trials allow into `folder`, each in all formats; returns the files.
 
     Args:
         layer: the layers whose distance, λ and change the trials hold, for the labels; None for all.
         factor: the factor of the trials that are drawn over training; None for each method's best.
+        searches: whose histories are drawn too.
     """
     import matplotlib
 
     files = []
     with matplotlib.rc_context(RC):
-        for name, figure in _pictures(panels, layer, factor):
+        for name, figure in itertools.chain(_pictures(panels, layer, factor), _of_searches(searches)):
             figure.draw_without_rendering()
             figure.set_layout_engine("none")  # the layout is found once for all formats
             for kind in formats:
@@ -212,6 +219,7 @@ def draw(
 
 
 def _pictures(panels: Sequence[Panel], layer: str | None, factor: float | None) -> "Iterator[tuple[str, Figure]]":
+    whole = panels
     panels, left_out = drawn(panels)
     of_layer = "-" + re.sub(r"[^\w.-]", "x", layer) if layer else ""
     if any(len(curve.factors_F) > 1 for panel in panels for curve in panel.curves):
@@ -222,6 +230,7 @@ def _pictures(panels: Sequence[Panel], layer: str | None, factor: float | None) 
                 yield f"{quantity}_by_factor{of_layer}", _by_rate(panels, "factor", (quantity,), layer, left_out)
     if any(len(trial.history) > 1 for panel in panels for trial in panel.trials):
         yield f"training{of_layer}", _over_training(panels, layer, factor, left_out)
+    yield from ((f"budget_by_{axis}", figure) for axis in budget.AXES if (figure := _by_budget(whole, axis)))
 
 
 def drawn(panels: Sequence[Panel]) -> tuple[list[Panel], str]:
@@ -355,6 +364,92 @@ def _over_training(panels: Sequence[Panel], layer: str | None, factor: float | N
     chosen = f"at {factor_text(factor)} times the base rate" if factor is not None else "at each method's best rate"
     note = f"Trials {chosen}. {on_lines(panels)} Thin: single trials. ×: diverged; from there on it counts as guessing."
     return _finish(figure, look, references, X_LABELS["step"], note + left_out)
+
+
+def _by_budget(panels: Sequence[Panel], axis: str) -> "Figure | None":
+    """Expected best on validation, and what it has on test, against the budget; None where nothing was tuned."""
+    of_panels = {id(panel): [b for b in budget.budgets(panel) if b.drawn_by(axis)] for panel in panels}
+    panels = [panel for panel in panels if of_panels[id(panel)]]
+    if not panels:
+        return None
+    best: dict[str, float] = defaultdict(float)
+    for one in itertools.chain(*of_panels.values()):
+        best[one.label] = max(best[one.label], one.validation_3M[0, -1])
+    kept = sorted(best, key=lambda label: -best[label])[:DRAWN]
+    splits = ["validation", *(["score"] if any(panel.split == "test" for panel in panels) else [])]
+    figure, axes, _ = _figure(panels, len(splits))
+    look = styles(kept)
+    for at, (split, panel) in zip(axes, itertools.product(splits, panels), strict=True):
+        shown = [one for one in of_panels[id(panel)] if one.label in kept]
+        for one in shown:
+            x_M, every = one.x_M(axis), max(1, one.configs // 8)
+            _draw_band(at, look[one.label], x_M, 100 * getattr(one, f"{split}_3M"), markevery=every)
+        means = np.concatenate([100 * getattr(one, f"{split}_3M")[0] for one in shown])
+        room = 0.2 * max(float(np.ptp(means)), 1)
+        at.set_ylim(means.min() - room, means.max() + room)  # of the bands of few configs that is a part
+        _budget_axis(at, [float(x) for one in shown for x in one.x_M(axis)], axis)
+        at.set_ylabel(budget_label(panel, split))
+    note = (
+        f"Expected best of so many configs, drawn at random from those that were tried; a config's validation score is "
+        f"the mean over its seeds. Bands: 95 % intervals, for up to half of a method's configs."
+        f"{f' Drawn are the {DRAWN} of {len(best)} methods that are best.' if len(best) > DRAWN else ''}"
+    )
+    devices = ", ".join(sorted({t.result["made_by"]["device"] for panel in panels for t in panel.trials}))
+    return _finish(figure, look, {}, f"{X_LABELS[axis]}{f' ({devices})' if axis == 'hours' else ''}", note)
+
+
+def budget_label(panel: Panel, split: str) -> str:
+    """Of the expected best: "validation", or what the same config has on the panel's split."""
+    part = "best validation" if split == "validation" else f"its {panel.split}"
+    return f"{part} {METRICS.get(panel.facts.headline, panel.facts.headline)} (%)"
+
+
+def _budget_axis(axis: "Axes", values: Sequence[float], kind: str) -> None:
+    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
+
+    axis.set_xscale("log")
+    axis.xaxis.set_minor_locator(NullLocator())
+    if kind == "trials":
+        axis.xaxis.set_major_locator(FixedLocator(budget.shown(int(max(values)))))
+    else:
+        subs = (1, 2, 5) if max(values) / min(values) < 100 else (1,)
+        axis.xaxis.set_major_locator(LogLocator(subs=subs, numticks=8))
+    axis.xaxis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
+
+
+BEST_SO_FAR, TRIED = "best so far", "config"
+OF_SEARCHES = {BEST_SO_FAR: Style("#0072B2", "s"), TRIED: Style("#777777", "o", (1, 3))}
+
+
+def _of_searches(searches: Sequence[History]) -> "Iterator[tuple[str, Figure]]":
+    """Score against the configs of each search, in the order in which they were asked for."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    searches = [search for search in searches if search.best]
+    if not searches:
+        return
+    figure = Figure(figsize=(5.6, 2.6 * len(searches) + 1.1), layout="constrained")
+    for i, search in enumerate(searches):
+        axis = figure.add_subplot(len(searches), 1, i + 1)
+        axis.set_title(printable(f"{search.root.name}, {search.task}"))
+        x = np.arange(1, len(search.tried) + 1)
+        scores = np.array([math.nan if one.score is None else 100 * one.score for one in search.tried])
+        top = np.array([math.nan if best is None else 100 * best for best in search.best_so_far])
+        axis.plot(x, top, color=OF_SEARCHES[BEST_SO_FAR].color, linewidth=1.5, drawstyle="steps-post", zorder=3)
+        axis.scatter(x, scores, s=14, color=OF_SEARCHES[TRIED].color, linewidths=0, zorder=4)
+        lost = np.array([one.status in ("diverged", "failed") for one in search.tried])
+        axis.scatter(x[lost], np.zeros(lost.sum()), color="#444", transform=axis.get_xaxis_transform(), **LOST)
+        axis.set_ylabel(f"validation {METRICS.get(search.metric, search.metric)} (%)")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    note = (
+        "Each config's mean over its seeds. × at the bottom: diverged or failed."
+        if any(len(search.seeds) > 1 for search in searches)
+        else "× at the bottom: diverged or failed."
+    )
+    shares = [f"{key} {share:.2f}" for search in searches for key, share in search.importance.items()]
+    note += f" Importance of the keys: {', '.join(shares)}." if shares and len(searches) == 1 else ""
+    yield "search", _finish(figure, OF_SEARCHES, {}, "configs of the search, in order", note)
 
 
 def _figure(panels: Sequence[Panel], rows: int = 1) -> tuple["Figure", list["Axes"], dict[str, Style]]:

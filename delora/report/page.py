@@ -1,6 +1,7 @@
 """One HTML file with curves, tables and every trial; it needs neither network nor other files."""
 
 import html
+import itertools
 import json
 import math
 import os
@@ -12,10 +13,13 @@ from urllib.parse import quote
 import numpy as np
 
 from delora import storage
-from delora.report import curves, statistics
+from delora.report import budget, curves, statistics
+from delora.report.budget import Budget
 from delora.report.statistics import Panel
 from delora.report.tables import EMPTY, Cell, Table, is_text, number, some
 from delora.report.trials import Trial
+from delora.search import History
+from delora.terminal import printable
 
 EVALUATIONS = 60  # of a trial, drawn over training: more would not be told apart
 
@@ -27,11 +31,12 @@ def write(
     notes: Sequence[str],
     layer: str | None = None,
     factor: float | None = None,
+    searches: Sequence[History] = (),
 ) -> Path:
     """Writes the page; returns its path.
 
     Args:
-        layer, factor: as `curves.draw` takes them.
+        layer, factor, searches: as `curves.draw` takes them.
     """
     trials = [trial for panel in panels for trial in panel.trials]
     folder = path.parent.resolve()
@@ -41,13 +46,20 @@ def write(
     keys = list(dict.fromkeys(key for fact in facts for key in fact))
     shared = {key: facts[0][key] for key in keys if all(key in fact and fact[key] == facts[0][key] for fact in facts)}
     own = [key for key in keys if key not in shared]
-    look = curves.styles(curve.label for panel in panels for curve in panel.curves)
+    budgets = [budget.budgets(panel) for panel in panels]
+    labels = [one.label for of_panel in budgets for one in of_panel]
+    look = curves.styles([*(curve.label for panel in panels for curve in panel.curves), *labels])
+    look |= curves.OF_SEARCHES if searches else {}
     data = {
         "references": {
             name: " ".join(str(1.5 * d) for d in dash) for name, dash in curves.reference_styles(panels).items()
         },
         "styles": {label: [s.color, s.marker, " ".join(str(1.5 * d) for d in s.dash)] for label, s in look.items()},
-        "views": _views(panels, {id(trial): i for i, trial in enumerate(trials)}, layer, factor),
+        "views": [
+            *_views(panels, {id(trial): i for i, trial in enumerate(trials)}, layer, factor),
+            *_budget_views(panels, budgets),
+            *_search_views(searches),
+        ],
         "links": links,
         "logs": logs,
         "shared": shared,
@@ -58,7 +70,8 @@ def write(
         "LINES": html.escape(curves.on_lines(panels)),
         "TITLE": html.escape(_title(panels)),
         "NOTES": "".join(f"<li>{html.escape(note)}</li>" for note in notes),
-        "TABLES": "".join(_table(table) for table in tables),
+        "ANSWERS": "".join(_table(table) for table in tables if table.name.startswith("answer")),
+        "TABLES": "".join(_table(table) for table in tables if not table.name.startswith("answer")),
         "TRIALS": _table(_trials(trials), links),
         "DATA": json.dumps(data, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c"),
     }
@@ -119,6 +132,48 @@ def _views(panels: Sequence[Panel], index: dict[int, int], layer: str | None, fa
         if any(series["line"] for chart in charts for series in chart["series"]):
             made.append(view)
     return made
+
+
+def _budget_views(panels: Sequence[Panel], budgets: Sequence[Sequence[Budget]]) -> list[dict]:
+    """Against what was tuned: the expected best on validation, and what it has on test."""
+    made = []
+    for split, axis in itertools.product(("validation", "score"), budget.AXES):
+        charts: list[dict] = [
+            {
+                "title": title,
+                "y": curves.budget_label(panel, split),
+                "ticks": None,
+                "references": [],
+                "series": [
+                    {"label": one.label, "line": _line(one.x_M(axis), 100 * getattr(one, f"{split}_3M")),
+                     "points": [], "paths": []}
+                    for one in of_panel if one.drawn_by(axis)
+                ],
+            }
+            for title, panel, of_panel in zip(curves.panel_titles(panels), panels, budgets, strict=True)
+            if any(one.drawn_by(axis) for one in of_panel) and (split == "validation" or panel.split == "test")
+        ]  # fmt: skip
+        if charts:
+            name = f"budget: {'validation' if split == 'validation' else 'test'} by {axis}"
+            view = {"name": name, "x": curves.X_LABELS[axis], "logX": True, "logY": False, "least": None}
+            made.append({**view, "charts": charts})
+    return made
+
+
+def _search_views(searches: Sequence[History]) -> list[dict]:
+    """Score against the configs of each search, in their order."""
+    charts = []
+    for search in (search for search in searches if search.best):
+        lines = {curves.BEST_SO_FAR: search.best_so_far, curves.TRIED: [one.score for one in search.tried]}
+        series = [
+            {"label": label, "points": [], "paths": [],
+             "line": [[i, _short(100 * y), None, None] for i, y in enumerate(of, start=1) if y is not None]}
+            for label, of in lines.items()
+        ]  # fmt: skip
+        y = f"validation {curves.METRICS.get(search.metric, search.metric)} (%)"
+        charts.append({"title": printable(search.root.name), "y": y, "ticks": None, "references": [], "series": series})
+    view = {"name": "search", "x": "configs of the search, in order", "logX": False, "logY": False, "least": None}
+    return [{**view, "charts": charts}] if charts else []
 
 
 def _by_rate(panel: Panel, quantity: str, index: dict[int, int], x: str) -> list[dict]:

@@ -362,6 +362,18 @@ def tolerated_range(score_BF: np.ndarray, x_F: np.ndarray, best_B: np.ndarray) -
     return left_B + right_B, at_end_B
 
 
+def tolerated_rates(curve: Curve, at: int) -> tuple[Estimate, Estimate]:
+    """The lowest and the highest rate around the one of an index that `tolerated_range` reaches; `at_least` where the
+    grid ends there, so that the rate may be lower or higher yet."""
+    x_F, score_BF, at_B = np.log10(curve.factors_F), np.nanmean(curve.score_FS, 1)[None], np.array([at])
+    right = float(_reach(score_BF, x_F, at_B)[0])
+    left = float(_reach(score_BF[:, ::-1], -x_F[::-1], len(x_F) - 1 - at_B)[0])
+    rate, ends = float(curve.rates_F[at]), (x_F[at] - left, x_F[at] + right)
+    on_edge = np.isclose(ends, (x_F[0], x_F[-1]))
+    low, high = rate / 10**left, rate * 10**right
+    return Estimate(low, at_least=bool(on_edge[0])), Estimate(high, at_least=bool(on_edge[1]))
+
+
 def _reach(score_BF: np.ndarray, x_F: np.ndarray, best_B: np.ndarray) -> np.ndarray:
     """How far to the right of the best rate the score is tolerated, (B,)."""
     above_BF = score_BF - (_take(score_BF, best_B) - TOLERANCE)[:, None]

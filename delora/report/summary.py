@@ -1,12 +1,14 @@
 """What wandb's summary run of a sweep shows: the report's curves, tables and pictures, from results on disk."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from delora.report import curves, statistics, tables, trials
+from delora import search
+from delora.report import budget, curves, statistics, tables, trials
 from delora.report.statistics import Panel
 
 X = "log2 of the factor on the base rate"  # wandb's line series have no logarithmic axis
@@ -21,15 +23,17 @@ def make(sweep: Path, pictures: Path) -> dict[str, Any]:
     Raises:
         UserError: what `trials.read` raises.
     """
-    panels = statistics.panels(trials.read([sweep]).trials)
+    panels, searches = statistics.panels(trials.read([sweep]).trials), search.below([sweep])[0]
+    made = [*tables.answers(panels), *map(tables.of_search, searches), *tables.all_tables(panels)]
+    drawn = curves.draw(panels, pictures, formats=["png"], searches=searches)
     return {
         "charts": list(_charts(panels)),
         "tables": {
             table.title: [table.columns, *([cell.text for cell in row] for row in table.rows)]
-            for table in tables.all_tables(panels)
+            for table in made
             if not table.aside
         },
-        "pictures": {path.stem: str(path) for path in curves.draw(panels, pictures, formats=["png"])},
+        "pictures": {path.stem: str(path) for path in drawn},
     }
 
 
@@ -50,3 +54,15 @@ def _charts(panels: Sequence[Panel]) -> Iterator[dict[str, Any]]:
                 lines |= {name: [ends, [100 * value] * 2] for name, value in panel.references().items()}
             y = curves.y_label(panel, quantity, "factor", None)
             yield {"name": f"{quantity} by factor, {title}", "title": f"{title}: {y}", "x": X, "lines": lines}
+        splits = ["validation", *(["score"] if panel.split == "test" else [])]
+        for split, axis in itertools.product(splits, budget.AXES if (tuned := budget.budgets(panel)) else ()):
+            lines = {
+                one.label: [one.x_M(axis).tolist(), (100 * getattr(one, f"{split}_3M")[0]).tolist()]
+                for one in tuned
+                if one.drawn_by(axis)
+            }
+            if not lines:
+                continue
+            name = f"budget by {axis}, {split.replace('score', 'test')}, {title}"
+            y = curves.budget_label(panel, split)
+            yield {"name": name, "title": f"{title}: {y}", "x": curves.X_LABELS[axis], "lines": lines}

@@ -5,6 +5,7 @@ import io
 import itertools
 import math
 import re
+import shlex
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,11 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from delora import storage
+from delora import storage, winner
 from delora.config import show
-from delora.report import statistics
+from delora.report import budget, statistics
+from delora.report.budget import Budget
 from delora.report.statistics import Curve, Estimate, Panel, Robustness
 from delora.report.trials import TEST_ROWS, Collection, Trial, label_order, looks
+from delora.search import History
 from delora.tasks import TASKS
 from delora.terminal import counted, printable
 
@@ -25,6 +28,8 @@ MISSING = "—"
 PAGE_ROWS = 40  # of a LaTeX table
 SOME = 4  # of many that are named
 NOTES = 12  # reasons why trials are left out, and half of all notes, that are told
+COMMAND = "command"  # a column that papers have no room for
+AXES = {"trials": "configs", "hours": "hours", "epochs": "trial-epochs"}
 BOLD = "Bold: the highest, whether or not a difference is shown."
 METRICS = {
     "accuracy": "accuracy",
@@ -80,14 +85,57 @@ class Table:
 
 
 def all_tables(panels: Sequence[Panel]) -> list[Table]:
-    """Every table of a report: scores and robustness of each group of panels, then details."""
-    kinds = (_scores, _ladder, _robustness, _medians, _comparisons)
+    """Every table of a report but `answers`: scores and robustness of each group of panels, then details."""
+    kinds = (_scores, _ladder, _robustness, _budgets, _crossings, _medians, _comparisons)
     made = [table(group) for table in kinds for group in _groups(panels)]
     others = [group for group in _groups(panels) if not is_comparable(group)]
     tasks = [task for task in statistics.published()["rows"][0]["scores"] if task in {p.task for p in panels}]
     if others and tasks:
         made.insert(len(_groups(panels)), _published(tasks, sorted({group[0].model for group in others})))
     return [table for table in made if table.rows]
+
+
+def answers(panels: Sequence[Panel]) -> list[Table]:
+    """Which method and which rate to take, of each group of panels: what stands first in a report."""
+    return [table for group in _groups(panels) if (table := _answer(group)).rows]
+
+
+def of_search(search: History) -> Table:
+    """What a search has tried, the best first."""
+    keys = list(dict.fromkeys(key for one in search.tried for key in one.params))
+    several = len(search.seeds) > 1
+    rows = []
+    for one in sorted(search.tried, key=lambda one: (one.score is None, -(one.score or 0.0), one.number)):
+        by_seed = ", ".join(MISSING if score is None else f"{100 * score:.1f}" for score in one.scores)
+        rows.append(
+            [
+                Cell(str(one.number), {"": one.number}),
+                *(_written(one.params.get(key, MISSING)) for key in keys),
+                EMPTY if one.score is None else Cell(f"{100 * one.score:.2f}", {"": 100 * one.score}),
+                *([Cell(by_seed)] if several else []),
+                Cell(one.status),
+            ]
+        )
+    shares = ", ".join(f"{key} {share:.2f}" for key, share in search.importance.items())
+    best = search.best
+    notes = (
+        f"{counted(len(search.tried), 'config')}, {search.counts()}, in the order of {search.metric} on validation, in "
+        f"percent{f', the mean over seeds {_listed(search.seeds)}' if several else ''}; config: when it was asked for. "
+        f"{f'Importance of the keys for the best tenth of scores (PED-ANOVA): {shares}. ' if shares else ''}"
+        f"{f'Trained by: {search.trained_by(best)}' if best else 'No config has a score.'}"
+    )
+    columns = ["config", *keys, f"{search.metric}", *(["by seed"] if several else []), "status"]
+    name = re.sub(r"[^A-Za-z0-9.]+", "-", f"search-{search.root.resolve().name}")
+    title = printable(f"Search of {search.root.resolve().name}: {search.task}")
+    return Table(name, title, printable(notes), columns, rows)
+
+
+def _written(text: str) -> Cell:
+    """A value as it is written on the command line; a number to four digits."""
+    try:
+        return Cell(f"{float(text):.4g}", {"": float(text)})
+    except ValueError:
+        return Cell(printable(text))
 
 
 def _groups(panels: Sequence[Panel]) -> list[list[Panel]]:
@@ -122,6 +170,85 @@ def _labels(group: Iterable[Panel]) -> list[str]:
 def _curves(group: Iterable[Panel], label: str) -> dict[str, Curve]:
     """The method's curve of each task that it has."""
     return {panel.task: curve for panel in group for curve in panel.curves if curve.label == label}
+
+
+# --- Which to take
+
+
+def _answer(group: Sequence[Panel]) -> Table:
+    """The best config of each method, the best first, with what speaks for it and what it cost."""
+    rows: list[list[Cell]] = []
+    rules: list[int] = []
+    for panel in group:
+        rules.append(len(rows))
+        by_method: dict[str, list[Trial]] = defaultdict(list)
+        for trial in (trial for curve in panel.curves for trial in curve.trials.values()):
+            by_method[trial.method].append(trial)
+        best = {method: _best_of(trials) for method, trials in by_method.items()}
+        ranked = sorted((one for one in best.values() if one), key=lambda one: -one.mean)
+        methods = {id(one): by_method[method] for method, one in best.items()}
+        rows += [_answer_row(panel, one, methods[id(one)]) for one in ranked]
+        _mark_best(rows[rules[-1] :], [4, *([5] if panel.split == "test" else [])])
+    tested = group[0].split == "test"
+    notes = (
+        f"Of each method the config with the highest mean on validation over its n seeds, the highest of all first; "
+        f"configs with fewer seeds do not compete, those of which a seed diverged stand behind. "
+        f"{'Validation, which chose, flatters. ' if tested else ''}Score on {group[0].split}, in percent, "
+        f"with its 95 % bootstrap interval over {statistics.FEWEST} seeds or more. Split: {_split(group[0])}. "
+        f"Rate may be: between which rates the mean score stays within 1 point, ≤ and ≥ where the grid ends first. "
+        f"Tuned by: the method's configs and trials, and what they took of {_devices(group)}; trials that stand for "
+        f"the same training count once. The command trains the config's best seed; seed=N another one. {BOLD}"
+    )
+    columns = ["task", "method", "lr", "n", "validation", *(["test"] if tested else []), "rate may be"]
+    columns += ["configs", "trials", "hours", "trial-epochs", COMMAND]
+    rules = sorted({*rules[1:]} - {0, len(rows)})
+    return _table("answer", group, "Which method and which rate", notes, columns, rows=rows, rules=rules)
+
+
+def _best_of(trials: Iterable[Trial]) -> winner.Best | None:
+    return next(iter(winner.choose(storage.StoredTrial(trial.folder, trial.result) for trial in trials)), None)
+
+
+def _answer_row(panel: Panel, best: winner.Best, tuned: Sequence[Trial]) -> list[Cell]:
+    """The row of one method's best config.
+
+    Args:
+        tuned: all trials of the method.
+    """
+    ((curve, at),) = ((c, f) for c in panel.curves for (f, _), t in c.trials.items() if t.folder == best.folder)
+    rate, n = float(curve.rates_F[at]), len(best.seeds)
+    low, high = statistics.tolerated_rates(curve, at)
+    trained = [trial for trial in tuned if "trained_as" not in trial.result]
+    configs, hours = len({(t.label, t.factor) for t in tuned}), sum(t.seconds for t in trained) / 3600
+    score = statistics.pooled([statistics.known(curve.score_FS[at])], lambda values: values.mean(-1))
+    return [
+        Cell(panel.facts.folder),
+        Cell(curve.label),
+        Cell(number(rate), {"": rate, "factor": float(curve.factors_F[at])}),
+        Cell(f"{n}" + (f" ({best.diverged} more diverged)" if best.diverged else ""), {"": n}),
+        interval(Estimate(best.mean)),
+        *([interval(score)] if panel.split == "test" else []),
+        EMPTY
+        if len(curve.factors_F) < 2
+        else Cell(
+            f"{'≤ ' if low.at_least else ''}{number(low.value)} to {'≥ ' if high.at_least else ''}{number(high.value)}",
+            {"low": low.value, "high": high.value},
+        ),
+        Cell(str(configs), {"": configs}),
+        Cell(str(len(tuned)), {"": len(tuned)}),
+        Cell(_hours(hours), {"": hours}),
+        Cell(number(sum(t.epochs for t in trained)), {"": sum(t.epochs for t in trained)}),
+        Cell(printable(f"delora-run --again {shlex.quote(str(best.folder))}")),
+    ]
+
+
+def _hours(hours: float) -> str:
+    return f"{hours:.3g}" if hours >= 0.01 else f"{hours:.1g}"
+
+
+def _devices(panels: Iterable[Panel]) -> str:
+    """The devices whose hours are counted: "one device (cpu)"."""
+    return f"one device ({_listed(t.result['made_by']['device'] for panel in panels for t in panel.trials)})"
 
 
 # --- Scores: the form of the paper's Table 4 and 8
@@ -407,6 +534,83 @@ def _anew(group: Sequence[Panel]) -> str:
     return "" if group[0].select == "first-seed" else ", the rate chosen anew in each draw"
 
 
+# --- What a tuning budget buys
+
+
+def _budgets(group: Sequence[Panel]) -> Table:
+    rows: list[list[Cell]] = []
+    rules: list[int] = []
+    few: list[str] = []
+    for panel in group:
+        rules.append(len(rows))
+        for one in budget.budgets(panel):
+            rows += [_budget_row(panel, one, tried - 1) for tried in budget.shown(one.configs)]
+            few += [f"{one.left_out} of {one.label} on {panel.facts.folder}"] if one.left_out else []
+    tested = group[0].split == "test"
+    notes = (
+        f"Of each method the expected score of the best config, in percent, if of its n configs so many are drawn at "
+        f"random, without replacement: unbiased (Tang et al. 2020; drawn with, as Dodge et al. 2019 do, it is too "
+        f"low). A config's validation score is the mean over its seeds. "
+        f"{'Test: what the config that is best on validation has there. ' if tested else ''}Brackets: Student's 95 % "
+        f"interval with the jackknife's standard error over configs and, from {statistics.FEWEST} seeds on, over "
+        f"seeds; for up to half of the configs, beyond which it would be too narrow. It takes the configs for draws "
+        f"from all that might have been tried, which those of a search that goes where scores are high are not. Hours "
+        f"of {_devices(group)}, a trial's share of its fleet's, and trial-epochs: what so many configs take on the "
+        f"mean. Diverged trials count as guessing."
+    )
+    notes += f" Left out, with fewer seeds than others: {some(few)}." if few else ""
+    columns = ["task", "method", "n", "tried", "validation", *(["test"] if tested else []), "hours", "trial-epochs"]
+    rules = sorted({*rules[1:]} - {0, len(rows)})
+    return _table("budget", group, "What a tuning budget buys", notes, columns, rows=rows, rules=rules)
+
+
+def _budget_row(panel: Panel, one: Budget, m: int) -> list[Cell]:
+    hours, epochs = (float(one.x_M(axis)[m]) for axis in ("hours", "epochs"))
+    splits = [one.validation_3M, *([one.score_3M] if panel.split == "test" else [])]
+    return [
+        Cell(panel.facts.folder),
+        Cell(one.label),
+        Cell(str(one.configs), {"": one.configs}),
+        Cell(str(m + 1), {"": m + 1}),
+        *(interval(Estimate(of_3M[0, m], of_3M[1, m], of_3M[2, m])) for of_3M in splits),
+        Cell(_hours(hours), {"": hours}),
+        Cell(number(epochs), {"": epochs}),
+    ]
+
+
+def _crossings(group: Sequence[Panel]) -> Table:
+    """Pairs of methods of which the one or the other is better, as the budget is."""
+    splits = {"validation": "validation", **({"test": "score"} if group[0].split == "test" else {})}
+    rows: list[list[Cell]] = []
+    rules: list[int] = []
+    pairs = 0
+    for panel in group:
+        rules.append(len(rows))
+        of_panel = budget.budgets(panel)
+        for first, second in budget.pairs(of_panel):
+            led = [budget.leaders(first, second, axis, of) for of in splits.values() for axis in budget.AXES]
+            pairs += 1
+            if any(len(leads) > 1 for leads in led):
+                cells = [_leads(leads) for leads in led]
+                rows.append([Cell(panel.facts.folder), Cell(first.label), Cell(second.label), *cells])
+    notes = (
+        f"Where the curves of two methods in the table of budgets cross: whose expected score is higher at the lowest "
+        f"budget that both have, and from which budget on whose. Listed are {len(rows)} of {counted(pairs, 'pair')}; "
+        f"the curves of the others do not cross, or have no budget in common. A crossing says that the estimates "
+        f"change places, not that a difference is shown."
+    )
+    columns = ["task", "first", "second", *(f"{split} by {AXES[axis]}" for split in splits for axis in budget.AXES)]
+    rules = sorted({*rules[1:]} - {0, len(rows)})
+    return _table("crossings", group, "Where tuning budgets cross", notes, columns, rows=rows, rules=rules)
+
+
+def _leads(leads: Sequence[tuple[str, float]]) -> Cell:
+    if not leads:
+        return EMPTY
+    (label, _), *rest = leads
+    return Cell(", ".join([label, *(f"{other} from {number(x)}" for other, x in rest)]))
+
+
 # --- Scores in more detail
 
 
@@ -605,6 +809,10 @@ def _bold(cell: Cell, text: str, form: str) -> str:
 
 def latex(table: Table) -> str:
     """Table environments, the notes below the first: one, or for many rows several that each fit a page."""
+    if COMMAND in table.columns:
+        at = table.columns.index(COMMAND)
+        rows = [[*row[:at], *row[at + 1 :]] for row in table.rows]
+        table = replace(table, columns=[c for c in table.columns if c != COMMAND], rows=rows)
     parts = [[0, 0]]  # the first row of each part, and the one behind its last
     for start, end in itertools.pairwise([0, *table.rules, len(table.rows)]):
         if parts[-1][1] and end - parts[-1][0] > PAGE_ROWS:
@@ -643,7 +851,7 @@ TEX = {
     "—": "---", "–": "--", "“": "``", "”": "''", "’": "'", "<": r"\textless{}", ">": r"\textgreater{}",
     "[": "{[}", "]": "{]}", "‖": r"$\Vert$", "′": r"$'$", "×": r"$\times$", "·": r"$\cdot$", "Δ": r"$\Delta$",
     "Ξ": r"$\Xi$", "Φ": r"$\Phi$", "ᵀ": r"$^{T}$", "ᵢ": r"$_{i}$", "Θ": r"$\Theta$",
-    "Σ": r"$\Sigma$",
+    "Σ": r"$\Sigma$", "≤": r"$\leq$",
 }  # fmt: skip
 
 

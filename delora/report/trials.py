@@ -82,7 +82,8 @@ class Trial:
         result: its texts as `printable` has them: names, tables and pages show nothing raw.
         task, model, protocol, data: what trials must share to be drawn in one panel. Encoders and data that are not
             the same to the byte have different names.
-        label: the method with what tells it from its neighbours, "DeLoRA (zero)".
+        method: what its tuning is counted under, as "DeLoRA (zero)".
+        label: the method with what tells it from its neighbours, "DeLoRA (zero, rank 8)".
         factor: how many times the method's base rate it was trained at, lr / method.base_lr × lr_factor.
         rate: the learning rate that the factor acts on: λ's own, where it acts on λ alone.
         score: the headline metric of the best checkpoint, a fraction: on test under protocol=paper and where the data
@@ -97,6 +98,7 @@ class Trial:
     model: str
     protocol: str
     data: str
+    method: str
     label: str
     seed: int
     rate: float
@@ -122,6 +124,17 @@ class Trial:
     @property
     def place(self) -> tuple[str, str, str, str]:
         return self.task, self.model, self.protocol, self.data
+
+    @property
+    def seconds(self) -> float:
+        """Of its device: its share of what its fleet took."""
+        return storage.share_of_seconds(self.result)
+
+    @property
+    def epochs(self) -> float:
+        """Over the training rows, until it ended or diverged."""
+        done = self.result["diverged_step"] if self.diverged else None
+        return self.result["epochs"] * (1.0 if done is None else done / max(1, self.result["steps"]))
 
     @property
     def last_step(self) -> int:
@@ -230,7 +243,8 @@ def _trial(stored: storage.StoredTrial, evaluations: Sequence[storage.Evaluation
         model=_get(config, "model.name", str),
         protocol=protocol,
         data=_get(config, "data.name", str),
-        label=_label(config, on),
+        method=(label := _label(config, on)),
+        label=label,
         seed=_get(config, "seed", int),
         rate=_round((base or config["lr"]) * factor),
         factor=_round(config["lr"] / config["method"]["base_lr"] * factor),

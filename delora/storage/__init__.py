@@ -12,7 +12,7 @@ Files other than the two that grow are replaced whole: a reader sees the old one
 Nothing is written through a link, nothing but regular files is read.
 """
 
-from delora.storage.files import LOG_LIMIT, Folder, ResultsError, content, replace
+from delora.storage.files import LOG_LIMIT, Folder, ResultsError, content, explain, forget, replace
 from delora.storage.made_by import cpu_name, provenance, versions
 from delora.storage.reading import Found, StoredTrial, find, finished, read, read_tensors, stored_config
 from delora.storage.schema import (
@@ -37,9 +37,10 @@ from delora.storage.schema import (
     differences,
     flatten,
     is_of,
+    share_of_seconds,
     without_hashes,
 )
-from delora.storage.writing import WAYS_ON, ConfigChanged, InUse, TrialFolder, open_trial, set_aside
+from delora.storage.writing import WAYS_ON, ConfigChanged, InUse, TrialFolder, lock, open_trial, set_aside
 
 __all__ = [
     "ADAPTER",
@@ -72,16 +73,20 @@ __all__ = [
     "content",
     "cpu_name",
     "differences",
+    "explain",
     "find",
     "finished",
     "flatten",
+    "forget",
     "is_of",
+    "lock",
     "open_trial",
     "provenance",
     "read",
     "read_tensors",
     "replace",
     "set_aside",
+    "share_of_seconds",
     "stored_config",
     "versions",
     "without_hashes",

@@ -8,7 +8,7 @@ import errno
 import os
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -133,6 +133,18 @@ class Folder:
             raise
         sync(self.descriptor)
 
+    def append(self, name: str, data: bytes) -> None:
+        """Adds to the end of a regular file, made where there is none; it is on disk then. Raises OSError."""
+        with self.opened(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND) as file:
+            write(file, data)
+            os.fsync(file)
+        sync(self.descriptor)
+
+    def cut(self, name: str, size: int) -> None:
+        """Cuts a regular file to so many bytes. Raises OSError."""
+        with self.opened(name, os.O_WRONLY) as file:
+            os.ftruncate(file, size)
+
     def remove(self, name: str) -> None:
         """Removes a file, or a folder with all that is in it; of a link the link alone. Never raises."""
         with contextlib.suppress(OSError):
@@ -157,6 +169,15 @@ def replace(path: Path, data: bytes, root: Path | None = None) -> None:
             folder.replace(path.name, data)
     except OSError as error:
         raise ResultsError(explain(path, error)) from error
+
+
+def forget(folder: Folder, made: Iterable[Path]) -> None:
+    """Removes the files of a folder, and the folders made for it, inner ones first, as far as they are empty."""
+    for name in os.listdir(folder.descriptor):
+        folder.remove(name)
+    for path in made:
+        with contextlib.suppress(OSError):  # others are in it
+            path.rmdir()
 
 
 def content(path: Path, limit: int = TEXT_LIMIT) -> bytes:

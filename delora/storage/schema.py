@@ -113,6 +113,11 @@ class Result(TypedDict):
     sha256: NotRequired[str]
 
 
+def share_of_seconds(result: Result) -> float:
+    """What a trial took of its device: its share of its fleet's seconds."""
+    return result["seconds"]["total"] / result["fleet_size"]
+
+
 class Extent(TypedDict):
     """How far metrics.jsonl is: its size in bytes, and their sha256."""
 

@@ -207,7 +207,7 @@ class TrialFolder:
             if self.finished:
                 return self.close()
             with self._writing(LOCK):
-                _lock(self._handles, self._folder, self.path)
+                lock(self._handles, self._folder, self.path)
             if self._folder.is_in_place():
                 break
             self.close()  # another process has withdrawn it just then
@@ -264,8 +264,8 @@ class TrialFolder:
             os.fsync(file)
 
     def _cut(self, name: str, size: int) -> None:
-        with self._writing(name), self._folder.opened(name, os.O_WRONLY) as file:
-            os.ftruncate(file, size)
+        with self._writing(name):
+            self._folder.cut(name, size)
 
     @contextlib.contextmanager
     def _writing(self, name: str) -> Iterator[None]:
@@ -310,7 +310,7 @@ def _reason(error: ValueError | OSError) -> str:
     return str(error)
 
 
-def _lock(handles: contextlib.ExitStack, folder: Folder, path: Path) -> None:
+def lock(handles: contextlib.ExitStack, folder: Folder, path: Path) -> None:
     """Locks the folder. The system releases the lock when the process ends, however it ends."""
     file = folder.open(LOCK, os.O_RDWR | os.O_CREAT)
     handles.callback(os.close, file)
