@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 if not os.environ.get("CC") and not any(map(shutil.which, ("cc", "gcc", "clang"))):
     raise ImportError("Triton needs a C compiler")
 
-SMALLEST, LARGEST = 64, 512  # keys that a program can hold
-QUERIES = 64  # that a program takes at once; where it keeps gradients of more keys than that, half of them
+SMALLEST, LARGEST = 32, 512  # keys that a program can hold
+FORWARD, BACKWARD = 64, 32  # queries that a program takes at once
 
 
 def can_attend(q: Tensor, layout: Layout) -> bool:
@@ -76,17 +76,23 @@ def _attend(
     total = torch.empty(trials, tokens, heads, dtype=torch.float32, device=q.device)
     examples = first_KB.shape[1]
     for keys in _sizes(span):
-        _attend_kernel[(trials * examples, heads, keys // QUERIES)](
+        queries = min(keys, FORWARD)
+        _attend_kernel[(trials * examples, heads, keys // queries)](
             *(q, k, v, y, total, first_KB, length_KB, key_KN, place, threshold_K, scale_K, bias, window, scaling),
             *(examples, tokens, 0 if bias is None else bias.shape[1]),
-            *(heads, width, QUERIES, keys, keys == SMALLEST, key_KN is not None, bias is not None, window >= 0),
-            num_warps=4 if keys <= 128 else 8,
+            *(heads, width, queries, keys, keys == SMALLEST, key_KN is not None, bias is not None, window >= 0),
+            num_warps=_warps(queries * keys // 32),
         )
     return y, total
 
 
 def _sizes(span: int) -> list[int]:
-    return [SMALLEST << i for i in range(4) if SMALLEST << i < 2 * max(span, SMALLEST)]
+    return [SMALLEST << i for i in range(5) if SMALLEST << i < 2 * max(span, SMALLEST)]
+
+
+def _warps(values: int) -> int:
+    """As many warps as hold so many times 32 values of a matrix in 32 registers of each thread."""
+    return min(max(values // 32, 1), 16)
 
 
 @_attend.register_fake
@@ -122,9 +128,8 @@ def _attend_backward(
             *(gradient, q, k, v, y, total, dq, dk, dv),
             *(first_KB, length_KB, key_KN, place, threshold_K, scale_K, bias, window, scaling),
             *(examples, tokens, 0 if bias is None else bias.shape[1]),
-            *(heads, width, QUERIES if keys <= QUERIES else QUERIES // 2, keys, keys == SMALLEST, key_KN is not None),
-            *(bias is not None, window >= 0),
-            num_warps=4 if keys <= 128 else 8,
+            *(heads, width, BACKWARD, keys, keys == SMALLEST, key_KN is not None, bias is not None, window >= 0),
+            num_warps=_warps(keys * max(width, BACKWARD) // 32),
             num_stages=1,
         )
     return dq, dk, dv
@@ -161,15 +166,15 @@ def _mix(x):
 
 
 @triton.jit
-def _dropped(key, place, threshold, head, QUERIES: tl.constexpr, KEYS: tl.constexpr):
-    """Which attention weights (QUERIES, KEYS) are dropped, from the keys (QUERIES,) of the queries' tokens."""
+def _dropped(key, t, place, threshold, head):
+    """Which attention weights are dropped, of keys t for queries whose tokens have these keys of dropout: one of both
+    along the rows, the other along the columns."""
     place = place.to(tl.uint32, bitcast=True)
-    element = tl.arange(0, KEYS)
-    column = _mix((element >> 1).to(tl.uint32) + place)
-    column = _mix(column + _mix((tl.zeros([1], tl.uint32) + head.to(tl.uint32)) + 1))
-    bits = _mix(_mix(key.to(tl.uint32, bitcast=True) ^ place)[:, None] ^ column[None, :])
-    shift = (16 - 16 * (element & 1)).to(tl.uint32)  # its half of the hash, moved up so that its sign is the number's
-    return ((bits << shift[None, :]).to(tl.int32, bitcast=True) >> 16) < threshold
+    column = _mix((t >> 1).to(tl.uint32) + place)
+    column = _mix(column + _mix((tl.zeros([1, 1], tl.uint32) + head.to(tl.uint32)) + 1))
+    bits = _mix(_mix(key.to(tl.uint32, bitcast=True) ^ place) ^ column)
+    shift = (16 - 16 * (t & 1)).to(tl.uint32)  # its half of the hash, moved up so that its sign is the number's
+    return ((bits << shift).to(tl.int32, bitcast=True) >> 16) < threshold
 
 
 @triton.jit
@@ -181,17 +186,17 @@ def _is_mine(length, KEYS: tl.constexpr, FIRST_SIZE: tl.constexpr):
 @triton.jit
 def _bias(BIAS, m, t, head, length, distances):
     """The bias of keys t for queries m: of distance −R + 1 first, where there are 2·R − 1 distances."""
-    at = t[None, :] - m[:, None] + distances // 2
-    inside = (m < length)[:, None] & (t < length)[None, :]
+    at = t - m + distances // 2
+    inside = (m < length) & (t < length)
     return tl.load(BIAS + head * distances + at, mask=inside, other=0).to(tl.float32)
 
 
 @triton.jit
 def _is_seen(m, t, length, window, WINDOWED: tl.constexpr):
     """Which keys t queries m see; a query behind the example's end sees what its first would."""
-    seen = (t < length)[None, :]
+    seen = t < length
     if WINDOWED:
-        seen = seen & ((tl.abs(t[None, :] - m[:, None]) <= window) | (m >= length)[:, None])
+        seen = seen & ((tl.abs(t - m) <= window) | (m >= length))
     return seen
 
 
@@ -225,19 +230,21 @@ def _attend_kernel(
         q, k = tl.load(Q + at_m, mask=in_m, other=0), tl.load(K + at_t, mask=in_t, other=0)
         weights = tl.dot(q, tl.trans(k)) * scaling
         if BIASED:
-            weights += _bias(BIAS, m, t, head, length, distances)
-        weights = tl.where(_is_seen(m, t, length, window, WINDOWED), weights, float("-inf"))
+            weights += _bias(BIAS, m[:, None], t[None, :], head, length, distances)
+        weights = tl.where(_is_seen(m[:, None], t[None, :], length, window, WINDOWED), weights, float("-inf"))
         top = tl.max(weights, 1)
         weights = tl.exp(weights - top[:, None])
         total = tl.sum(weights, 1)
         tl.store(TOTAL + (start + m) * HEADS + head, top + tl.log(total), mask=m < length)
-        weights = weights / total[:, None]
+        share = 1.0 / total
         if DROPS:
             key = tl.load(KEY + start + m, mask=m < length, other=0)
-            drop = _dropped(key, tl.load(PLACE), tl.load(THRESHOLD + trial), head, QUERIES, KEYS)
-            weights = tl.where(drop, 0.0, weights * tl.load(SCALE + trial).to(tl.float32))
+            drop = _dropped(key[:, None], t[None, :], tl.load(PLACE), tl.load(THRESHOLD + trial), head)
+            weights = tl.where(drop, 0.0, weights)
+            share *= tl.load(SCALE + trial).to(tl.float32)
         v = tl.load(V + at_t, mask=in_t, other=0)
-        tl.store(Y + at_m, tl.dot(weights.to(v.dtype), v).to(v.dtype), mask=in_m)
+        y = tl.dot(weights.to(v.dtype), v) * share[:, None]
+        tl.store(Y + at_m, y.to(v.dtype), mask=in_m)
 
 
 @triton.jit
@@ -247,7 +254,11 @@ def _backward_kernel(
     HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, FIRST_SIZE: tl.constexpr,
     DROPS: tl.constexpr, BIASED: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one head of one example."""
+    """All gradients of one head of one example.
+
+    Its matrices have keys along the rows, as have the sums dK and dV: what these add up stays in the registers of the
+    threads that computed it. Factors that all share come last.
+    """
     example, head = tl.program_id(0), tl.program_id(1)
     length = tl.load(LENGTH + example)
     if _is_mine(length, KEYS, FIRST_SIZE):
@@ -263,28 +274,32 @@ def _backward_kernel(
         in_t = (t < length)[:, None]
         k, v = tl.load(K + at_t, mask=in_t, other=0), tl.load(V + at_t, mask=in_t, other=0)
         dk, dv = tl.zeros([KEYS, WIDTH], tl.float32), tl.zeros([KEYS, WIDTH], tl.float32)
+        scale = 1.0
+        if DROPS:
+            place, threshold = tl.load(PLACE), tl.load(THRESHOLD + trial)
+            scale = tl.load(SCALE + trial).to(tl.float32)
         for first in range(0, length, QUERIES):
             m = first + tl.arange(0, QUERIES)
             at_m = (start + m)[:, None] * (HEADS * WIDTH) + head * WIDTH + d[None, :]
             in_m = (m < length)[:, None]
             q, g = tl.load(Q + at_m, mask=in_m, other=0), tl.load(G + at_m, mask=in_m, other=0)
+            y = tl.load(Y + at_m, mask=in_m, other=0)
             total = tl.load(TOTAL + (start + m) * HEADS + head, mask=m < length, other=0)
-            weights = tl.dot(q, tl.trans(k)) * scaling
+            mean = tl.sum(g.to(tl.float32) * y.to(tl.float32), 1) / scale
+            weights = tl.dot(k, tl.trans(q)) * scaling
             if BIASED:
-                weights += _bias(BIAS, m, t, head, length, distances)
-            weights = tl.where(_is_seen(m, t, length, window, WINDOWED), tl.exp(weights - total[:, None]), 0.0)
-            dropped, dweights = weights, tl.dot(g, tl.trans(v))
+                weights += _bias(BIAS, m[None, :], t[:, None], head, length, distances)
+            seen = _is_seen(m[None, :], t[:, None], length, window, WINDOWED)
+            weights = tl.where(seen, tl.exp(weights - total[None, :]), 0.0)
+            dropped, dweights = weights, tl.dot(v, tl.trans(g))
             if DROPS:
                 key = tl.load(KEY + start + m, mask=m < length, other=0)
-                drop = _dropped(key, tl.load(PLACE), tl.load(THRESHOLD + trial), head, QUERIES, KEYS)
-                scale = tl.load(SCALE + trial).to(tl.float32)
-                dropped = tl.where(drop, 0.0, weights * scale)
-                dweights = tl.where(drop, 0.0, dweights * scale)
-            y = tl.load(Y + at_m, mask=in_m, other=0)
-            mean = tl.sum(g.to(tl.float32) * y.to(tl.float32), 1)
-            dscores = (weights * (dweights - mean[:, None]) * scaling).to(q.dtype)
-            dv += tl.dot(tl.trans(dropped.to(q.dtype)), g)
-            dk += tl.dot(tl.trans(dscores), q)
-            tl.store(DQ + at_m, tl.dot(dscores, k).to(q.dtype), mask=in_m)
-        tl.store(DK + at_t, dk.to(k.dtype), mask=in_t)
-        tl.store(DV + at_t, dv.to(k.dtype), mask=in_t)
+                drop = _dropped(key[None, :], t[:, None], place, threshold, head)
+                dropped, dweights = tl.where(drop, 0.0, weights), tl.where(drop, 0.0, dweights)
+            dscores = (weights * (dweights - mean[None, :])).to(q.dtype)
+            dv = tl.dot(dropped.to(q.dtype), g, dv)
+            dk = tl.dot(dscores, q, dk)
+            dq = tl.dot(tl.trans(dscores), k) * (scale * scaling)
+            tl.store(DQ + at_m, dq.to(q.dtype), mask=in_m)
+        tl.store(DK + at_t, (dk * (scale * scaling)).to(k.dtype), mask=in_t)
+        tl.store(DV + at_t, (dv * scale).to(k.dtype), mask=in_t)
