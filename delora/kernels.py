@@ -1,8 +1,10 @@
 """Triton kernels: what `delora.attention.padded_attention` computes, without padding. Shapes as there.
 
-One program has all keys of an example, so the softmax takes one pass and no gradient is summed across programs:
-results do not depend on the order in which programs run. A kernel is started for each power of two up to the span and
-takes the examples that it holds best. The dropout is that of `delora.randomness.Dropout`.
+Forward, a program has a block of an example's queries and takes the keys block by block (Dao et al. 2022, arXiv
+2205.14135). Backward, it has all keys, so that no gradient is summed across programs and results do not depend on the
+order in which these run: a kernel is started for each power of two up to the span, and takes the examples that it holds
+best. Few examples are as long as the longest, so what a program holds is sized by its registers: 32 values of a matrix
+in each thread. The dropout is that of `delora.randomness.Dropout`.
 """
 
 import os
@@ -24,12 +26,14 @@ if not os.environ.get("CC") and not any(map(shutil.which, ("cc", "gcc", "clang")
     raise ImportError("Triton needs a C compiler")
 
 SMALLEST, LARGEST = 32, 512  # keys that a program can hold
-FORWARD, BACKWARD = 64, 32  # queries that a program takes at once
+MOST = 64 * LARGEST  # values of an example's keys, which shared memory holds with what else is there
+BLOCK = 64  # queries and keys of a forward program, where the example is longer than the smallest
 
 
 def can_attend(q: Tensor, layout: Layout) -> bool:
     """Whether the kernel takes these inputs; it multiplies half-precision numbers only."""
-    fits = q.shape[-1] in (16, 32, 64, 128) and layout.span <= LARGEST
+    width = q.shape[-1]
+    fits = width in (16, 32, 64, 128) and layout.span <= LARGEST and width * layout.span <= MOST
     return q.is_cuda and q.dtype == torch.bfloat16 and fits
 
 
@@ -75,24 +79,19 @@ def _attend(
     y = torch.empty_like(q)
     total = torch.empty(trials, tokens, heads, dtype=torch.float32, device=q.device)
     examples = first_KB.shape[1]
-    for keys in _sizes(span):
-        queries = min(keys, FORWARD)
-        _attend_kernel[(trials * examples, heads, keys // queries)](
+    for block in (SMALLEST, BLOCK) if span > SMALLEST else (SMALLEST,):
+        _attend_kernel[(trials * examples, heads, 1 if block == SMALLEST else triton.cdiv(span, block))](
             *(q, k, v, y, total, first_KB, length_KB, key_KN, place, threshold_K, scale_K, bias, window, scaling),
             *(examples, tokens, 0 if bias is None else bias.shape[1]),
-            *(heads, width, queries, keys, keys == SMALLEST, key_KN is not None, bias is not None, window >= 0),
-            num_warps=_warps(queries * keys // 32),
+            *(heads, width, block, block, block == SMALLEST, key_KN is not None, bias is not None, window >= 0),
+            num_warps=block // 16,
+            num_stages=2,
         )
     return y, total
 
 
 def _sizes(span: int) -> list[int]:
     return [SMALLEST << i for i in range(5) if SMALLEST << i < 2 * max(span, SMALLEST)]
-
-
-def _warps(values: int) -> int:
-    """As many warps as hold so many times 32 values of a matrix in 32 registers of each thread."""
-    return min(max(values // 32, 1), 16)
 
 
 @_attend.register_fake
@@ -124,12 +123,13 @@ def _attend_backward(
     dq, dk, dv = torch.empty_like(q), torch.empty_like(q), torch.empty_like(q)
     examples = first_KB.shape[1]
     for keys in _sizes(span):
+        queries = 16 if keys == SMALLEST or keys * max(width, 32) >= MOST // 2 else 32
         _backward_kernel[(trials * examples, heads)](
             *(gradient, q, k, v, y, total, dq, dk, dv),
             *(first_KB, length_KB, key_KN, place, threshold_K, scale_K, bias, window, scaling),
             *(examples, tokens, 0 if bias is None else bias.shape[1]),
-            *(heads, width, BACKWARD, keys, keys == SMALLEST, key_KN is not None, bias is not None, window >= 0),
-            num_warps=_warps(keys * max(width, BACKWARD) // 32),
+            *(heads, width, queries, keys, keys == SMALLEST, key_KN is not None, bias is not None, window >= 0),
+            num_warps=min(keys * max(width, 32) // 1024, 16),
             num_stages=1,
         )
     return dq, dk, dv
@@ -218,33 +218,41 @@ def _attend_kernel(
     """One block of queries of one head of one example."""
     example, head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(LENGTH + example)
-    if (block * QUERIES < length) & _is_mine(length, KEYS, FIRST_SIZE):
+    mine = length <= KEYS if FIRST_SIZE else length > KEYS // 2
+    if (block * QUERIES < length) & mine:
         trial = example // examples
         start = trial.to(tl.int64) * tokens + tl.load(FIRST + example)
         if (block == 0) & (example % examples == examples - 1):
             _fill(Y, start + length, (trial.to(tl.int64) + 1) * tokens, head, HEADS, WIDTH)
-        m, t, d = block * QUERIES + tl.arange(0, QUERIES), tl.arange(0, KEYS), tl.arange(0, WIDTH)
+        m, d = block * QUERIES + tl.arange(0, QUERIES), tl.arange(0, WIDTH)
         at_m = (start + m)[:, None] * (HEADS * WIDTH) + head * WIDTH + d[None, :]
-        at_t = (start + t)[:, None] * (HEADS * WIDTH) + head * WIDTH + d[None, :]
-        in_m, in_t = (m < length)[:, None], (t < length)[:, None]
-        q, k = tl.load(Q + at_m, mask=in_m, other=0), tl.load(K + at_t, mask=in_t, other=0)
-        weights = tl.dot(q, tl.trans(k)) * scaling
-        if BIASED:
-            weights += _bias(BIAS, m[:, None], t[None, :], head, length, distances)
-        weights = tl.where(_is_seen(m[:, None], t[None, :], length, window, WINDOWED), weights, float("-inf"))
-        top = tl.max(weights, 1)
-        weights = tl.exp(weights - top[:, None])
-        total = tl.sum(weights, 1)
-        tl.store(TOTAL + (start + m) * HEADS + head, top + tl.log(total), mask=m < length)
-        share = 1.0 / total
+        in_m = (m < length)[:, None]
+        q = tl.load(Q + at_m, mask=in_m, other=0)
+        # Lower than any score, and finite: a window may hide a whole block, which the next one then outweighs.
+        top, total = tl.full([QUERIES], -1e30, tl.float32), tl.zeros([QUERIES], tl.float32)
+        y, scale = tl.zeros([QUERIES, WIDTH], tl.float32), 1.0
         if DROPS:
             key = tl.load(KEY + start + m, mask=m < length, other=0)
-            drop = _dropped(key[:, None], t[None, :], tl.load(PLACE), tl.load(THRESHOLD + trial), head)
-            weights = tl.where(drop, 0.0, weights)
-            share *= tl.load(SCALE + trial).to(tl.float32)
-        v = tl.load(V + at_t, mask=in_t, other=0)
-        y = tl.dot(weights.to(v.dtype), v) * share[:, None]
-        tl.store(Y + at_m, y.to(v.dtype), mask=in_m)
+            place, threshold = tl.load(PLACE), tl.load(THRESHOLD + trial)
+            scale = tl.load(SCALE + trial).to(tl.float32)
+        for first in range(0, length, KEYS):
+            t = first + tl.arange(0, KEYS)
+            at_t = (start + t)[:, None] * (HEADS * WIDTH) + head * WIDTH + d[None, :]
+            in_t = (t < length)[:, None]
+            k, v = tl.load(K + at_t, mask=in_t, other=0), tl.load(V + at_t, mask=in_t, other=0)
+            scores = tl.dot(q, tl.trans(k)) * scaling
+            if BIASED:
+                scores += _bias(BIAS, m[:, None], t[None, :], head, length, distances)
+            scores = tl.where(_is_seen(m[:, None], t[None, :], length, window, WINDOWED), scores, -1e30)
+            higher = tl.maximum(top, tl.max(scores, 1))
+            weights, fall = tl.exp(scores - higher[:, None]), tl.exp(top - higher)
+            top, total = higher, total * fall + tl.sum(weights, 1)
+            if DROPS:
+                drop = _dropped(key[:, None], t[None, :], place, threshold, head)
+                weights = tl.where(drop, 0.0, weights)
+            y = tl.dot(weights.to(v.dtype), v, y * fall[:, None])
+        tl.store(TOTAL + (start + m) * HEADS + head, top + tl.log(total), mask=m < length)
+        tl.store(Y + at_m, (y * (scale / total)[:, None]).to(Y.dtype.element_ty), mask=in_m)
 
 
 @triton.jit

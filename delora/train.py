@@ -202,17 +202,24 @@ class Step:
     def __init__(self, fleet: Fleet, tokens: Tokens, state: State):
         self.fleet, self.tokens, self.state = fleet, tokens, state
         self._run = Recorded(self._compute, fleet.device) if fleet.recorded else self._compute
+        config, self._few = fleet.trials[0], list[int]()
+        if fleet.recorded and fleet.packs and config.accumulation == 1:
+            self._few = tokens.few_widths([t.seed for t in fleet.trials], config.epochs, config.batch_size)
 
     def __call__(self, index_KB: Tensor) -> Tensor:
         """Trains on the examples `index_KB` (on the CPU); the mean loss of each trial, (K,), until the next call."""
         tokens, totals = self.tokens, self.state.totals
         index_KB = index_KB.gather(1, tokens.order_by_length(index_KB))
-        widths = tuple(tokens.width(part_KB, self.fleet.packs) for part_KB in self._parts(index_KB))
+        widths = self.widths(index_KB)
         loss_K = self._run(index_KB, torch.tensor(totals.steps), widths)
         totals.steps += 1
         totals.real_tokens += int(tokens.lengths_S[index_KB.numpy()].sum())
         totals.computed_tokens += len(index_KB) * sum(width for width, _ in widths)
         return loss_K
+
+    def widths(self, index_KB: Tensor) -> Widths:
+        """The widths of the batch's parts."""
+        return tuple(self.tokens.width(part_KB, self.fleet.packs, self._few) for part_KB in self._parts(index_KB))
 
     def _parts(self, index_KB: Tensor) -> Sequence[Tensor]:
         size = -(-index_KB.shape[1] // self.fleet.trials[0].accumulation)

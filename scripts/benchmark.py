@@ -47,7 +47,7 @@ from delora.data.batches import Tokens, epoch_order
 from delora.errors import UserError
 from delora.model import Fleet
 from delora.tasks import TASKS
-from delora.train import Data, State, Totals, predict, train
+from delora.train import Data, State, Step, Totals, predict, train
 
 SEEDS = 4  # of a fleet, whose trials else differ in their rates: a sweep of factors and seeds
 WARMUP = 3  # steps that are not counted; on a GPU more
@@ -439,7 +439,8 @@ class Benchmark:
             return WARMUP
         tokens, seeds, epochs = self.tokens["train"], [trial.seed for trial in fleet.trials], range(10)
         orders = (epoch_order(seeds, epoch, len(tokens)) for epoch in epochs)
-        widths = [tokens.width(index_KB) for order in orders for index_KB in order.split(self.trial.batch_size, 1)]
+        step = Step(fleet, tokens, None)  # whose batches are not computed here
+        widths = [step.widths(index_KB) for order in orders for index_KB in order.split(self.trial.batch_size, 1)]
         for first in range(WARMUP, len(widths) - self.options.steps):
             in_one_epoch = 0 < first % self.steps_per_epoch < self.steps_per_epoch - self.options.steps
             twice = {width for width in set(widths[:first]) if widths[:first].count(width) > 1}
@@ -721,12 +722,13 @@ def report_tokens(options: argparse.Namespace) -> None:
     for name in options.tokens:
         options.task = name
         _, tokens, _ = run.prepare(trial(options, 42))
-        train, counts, real = tokens["train"], Counter[int](), 0
+        train, counts, real, seeds = tokens["train"], Counter[int](), 0, [42 + k % SEEDS for k in range(size)]
+        few = train.few_widths(seeds, 10, options.batch_size)
         with mock.patch.object(Tokens, "on_cpu", False):
             for epoch in range(3):
-                order_KS = epoch_order([42 + k % SEEDS for k in range(size)], epoch, len(train))
+                order_KS = epoch_order(seeds, epoch, len(train))
                 for index_KB in order_KS.split(options.batch_size, dim=1):
-                    counts[train.width(index_KB)[0]] += 1
+                    counts[train.width(index_KB, few=few)[0]] += 1
                     real += int(train.lengths_S[index_KB.numpy()].sum())
         computed = size * sum(width * steps for width, steps in counts.items())
         table.add_row(name, f"{computed / real:.3f}", str(len(counts)), str(min(counts.values())))
