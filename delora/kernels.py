@@ -27,6 +27,7 @@ if not os.environ.get("CC") and not any(map(shutil.which, ("cc", "gcc", "clang")
 
 SMALLEST, LARGEST = 32, 512  # keys that a program can hold
 MOST = 64 * LARGEST  # values of an example's keys, which shared memory holds with what else is there
+SIZES = ("examples", "tokens", "distances")  # arguments for whose values nothing is compiled anew
 BLOCK = 64  # queries and keys of a forward program, where the example is longer than the smallest
 
 
@@ -209,7 +210,7 @@ def _fill(X, first, end, head, HEADS: tl.constexpr, WIDTH: tl.constexpr):
         tl.store(X + at, zeros, mask=(row < end)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _attend_kernel(
     Q, K, V, Y, TOTAL, FIRST, LENGTH, KEY, PLACE, THRESHOLD, SCALE, BIAS, window, scaling, examples, tokens, distances,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, FIRST_SIZE: tl.constexpr,
@@ -255,7 +256,7 @@ def _attend_kernel(
         tl.store(Y + at_m, (y * (scale / total)[:, None]).to(Y.dtype.element_ty), mask=in_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _backward_kernel(
     G, Q, K, V, Y, TOTAL, DQ, DK, DV, FIRST, LENGTH, KEY, PLACE, THRESHOLD, SCALE, BIAS, window, scaling, examples,
     tokens, distances,
