@@ -45,6 +45,7 @@ class Console:
         for folder, result in found.items():
             self._ended(folder, result)
         self.fleet: Sequence[Trial] = ()
+        self.folders: list[Path] = []  # of the fleet; that of a trial is hashed from its config
         self.headline = ""
         self.steps, self.done = 1, 0
         self.loss: float | None = None
@@ -109,9 +110,9 @@ class Console:
     def begin(self, trials: Sequence[Trial], headline: str, steps: int) -> None:
         """A fleet starts training."""
         self.fleet, self.headline, self.steps, self.done, self.loss = trials, headline, steps, 0, None
-        self.start = self.start or time.monotonic()
+        self.start, self.folders = self.start or time.monotonic(), [trial.folder for trial in trials]
         over = {folder: status for folder, status in self.status.items() if status != "running"}
-        self.status = {trial.folder: "running" for trial in trials} | over
+        self.status = dict.fromkeys(self.folders, "running") | over
         self.bar.reset(self.task, total=steps, description=self._title())
 
     def step(self, step: int, loss_K: Sequence[float | None]) -> None:
@@ -123,14 +124,14 @@ class Console:
     def evaluation(self, trial: int, evaluation: Mapping[str, Any], best: "Score | None") -> None:
         """A trial of the fleet was scored."""
         if best is not None:
-            self.best[self.fleet[trial].folder] = best.validation[self.headline]
+            self.best[self.folders[trial]] = best.validation[self.headline]
         self.done = evaluation["step"]
         if trial == len(self.fleet) - 1:
             self._show(now=self.total == 1 and evaluation["epoch"] > 0)
 
     def diverged(self, trial: int, step: int) -> None:
         """A trial's loss stopped being finite."""
-        self.status[self.fleet[trial].folder] = "diverged"
+        self.status[self.folders[trial]] = "diverged"
         self.say(f"{self.fleet[trial].id} diverged in step {step}: the loss is not finite")
 
     def finished(self, trial: Trial, result: Result) -> None:
@@ -173,7 +174,7 @@ class Console:
 
     def _state(self) -> str:
         parts = [] if self.loss is None else [f"loss {self.loss:.4f}"]
-        scores = [self.best[trial.folder] for trial in self.fleet if trial.folder in self.best]
+        scores = [self.best[folder] for folder in self.folders if folder in self.best]
         parts += [f"best {self.headline} {max(scores):.4f}"] if scores else []
         return "  ".join(parts)
 

@@ -1,4 +1,4 @@
-"""Steps recorded as CUDA graphs.
+"""Steps, and batches that are scored, recorded as CUDA graphs.
 
 Starting a step's thousand kernels one by one takes the CPU longer than a GPU computes a few trials. A graph starts
 them all at once.

@@ -1,8 +1,10 @@
 """Triton kernels: what `delora.attention.padded_attention` computes, without padding. Shapes as there.
 
-One program has all keys of an example, so the softmax takes one pass and no gradient is summed across programs:
-results do not depend on the order in which programs run. A kernel is started for each power of two up to the span and
-takes the examples that it holds best. The dropout is that of `delora.randomness.Dropout`.
+Forward, a program has a block of an example's queries and takes the keys block by block (Dao et al. 2022, arXiv
+2205.14135). Backward, it has all keys, so that no gradient is summed across programs and results do not depend on the
+order in which these run: a kernel is started for each power of two up to the span, and takes the examples that it holds
+best. Few examples are as long as the longest, so what a program holds is sized by its registers: 32 values of a matrix
+in each thread. The dropout is that of `delora.randomness.Dropout`.
 """
 
 import os
@@ -23,13 +25,16 @@ if TYPE_CHECKING:
 if not os.environ.get("CC") and not any(map(shutil.which, ("cc", "gcc", "clang"))):
     raise ImportError("Triton needs a C compiler")
 
-SMALLEST, LARGEST = 64, 512  # keys that a program can hold
-QUERIES = 64  # that a program takes at once; where it keeps gradients of more keys than that, half of them
+SMALLEST, LARGEST = 32, 512  # keys that a program can hold
+MOST = 64 * LARGEST  # values of an example's keys, which shared memory holds with what else is there
+SIZES = ("examples", "tokens", "distances")  # arguments for whose values nothing is compiled anew
+BLOCK = 64  # queries and keys of a forward program, where the example is longer than the smallest
 
 
 def can_attend(q: Tensor, layout: Layout) -> bool:
     """Whether the kernel takes these inputs; it multiplies half-precision numbers only."""
-    fits = q.shape[-1] in (16, 32, 64, 128) and layout.span <= LARGEST
+    width = q.shape[-1]
+    fits = width in (16, 32, 64, 128) and layout.span <= LARGEST and width * layout.span <= MOST
     return q.is_cuda and q.dtype == torch.bfloat16 and fits
 
 
@@ -75,18 +80,19 @@ def _attend(
     y = torch.empty_like(q)
     total = torch.empty(trials, tokens, heads, dtype=torch.float32, device=q.device)
     examples = first_KB.shape[1]
-    for keys in _sizes(span):
-        _attend_kernel[(trials * examples, heads, keys // QUERIES)](
+    for block in (SMALLEST, BLOCK) if span > SMALLEST else (SMALLEST,):
+        _attend_kernel[(trials * examples, heads, 1 if block == SMALLEST else triton.cdiv(span, block))](
             *(q, k, v, y, total, first_KB, length_KB, key_KN, place, threshold_K, scale_K, bias, window, scaling),
             *(examples, tokens, 0 if bias is None else bias.shape[1]),
-            *(heads, width, QUERIES, keys, keys == SMALLEST, key_KN is not None, bias is not None, window >= 0),
-            num_warps=4 if keys <= 128 else 8,
+            *(heads, width, block, block, block == SMALLEST, key_KN is not None, bias is not None, window >= 0),
+            num_warps=block // 16,
+            num_stages=2,
         )
     return y, total
 
 
 def _sizes(span: int) -> list[int]:
-    return [SMALLEST << i for i in range(4) if SMALLEST << i < 2 * max(span, SMALLEST)]
+    return [SMALLEST << i for i in range(5) if SMALLEST << i < 2 * max(span, SMALLEST)]
 
 
 @_attend.register_fake
@@ -118,13 +124,13 @@ def _attend_backward(
     dq, dk, dv = torch.empty_like(q), torch.empty_like(q), torch.empty_like(q)
     examples = first_KB.shape[1]
     for keys in _sizes(span):
+        queries = 16 if keys == SMALLEST or keys * max(width, 32) >= MOST // 2 else 32
         _backward_kernel[(trials * examples, heads)](
             *(gradient, q, k, v, y, total, dq, dk, dv),
             *(first_KB, length_KB, key_KN, place, threshold_K, scale_K, bias, window, scaling),
             *(examples, tokens, 0 if bias is None else bias.shape[1]),
-            *(heads, width, QUERIES if keys <= QUERIES else QUERIES // 2, keys, keys == SMALLEST, key_KN is not None),
-            *(bias is not None, window >= 0),
-            num_warps=4 if keys <= 128 else 8,
+            *(heads, width, queries, keys, keys == SMALLEST, key_KN is not None, bias is not None, window >= 0),
+            num_warps=min(keys * max(width, 32) // 1024, 16),
             num_stages=1,
         )
     return dq, dk, dv
@@ -161,15 +167,15 @@ def _mix(x):
 
 
 @triton.jit
-def _dropped(key, place, threshold, head, QUERIES: tl.constexpr, KEYS: tl.constexpr):
-    """Which attention weights (QUERIES, KEYS) are dropped, from the keys (QUERIES,) of the queries' tokens."""
+def _dropped(key, t, place, threshold, head):
+    """Which attention weights are dropped, of keys t for queries whose tokens have these keys of dropout: one of both
+    along the rows, the other along the columns."""
     place = place.to(tl.uint32, bitcast=True)
-    element = tl.arange(0, KEYS)
-    column = _mix((element >> 1).to(tl.uint32) + place)
-    column = _mix(column + _mix((tl.zeros([1], tl.uint32) + head.to(tl.uint32)) + 1))
-    bits = _mix(_mix(key.to(tl.uint32, bitcast=True) ^ place)[:, None] ^ column[None, :])
-    shift = (16 - 16 * (element & 1)).to(tl.uint32)  # its half of the hash, moved up so that its sign is the number's
-    return ((bits << shift[None, :]).to(tl.int32, bitcast=True) >> 16) < threshold
+    column = _mix((t >> 1).to(tl.uint32) + place)
+    column = _mix(column + _mix((tl.zeros([1, 1], tl.uint32) + head.to(tl.uint32)) + 1))
+    bits = _mix(_mix(key.to(tl.uint32, bitcast=True) ^ place) ^ column)
+    shift = (16 - 16 * (t & 1)).to(tl.uint32)  # its half of the hash, moved up so that its sign is the number's
+    return ((bits << shift).to(tl.int32, bitcast=True) >> 16) < threshold
 
 
 @triton.jit
@@ -181,17 +187,17 @@ def _is_mine(length, KEYS: tl.constexpr, FIRST_SIZE: tl.constexpr):
 @triton.jit
 def _bias(BIAS, m, t, head, length, distances):
     """The bias of keys t for queries m: of distance −R + 1 first, where there are 2·R − 1 distances."""
-    at = t[None, :] - m[:, None] + distances // 2
-    inside = (m < length)[:, None] & (t < length)[None, :]
+    at = t - m + distances // 2
+    inside = (m < length) & (t < length)
     return tl.load(BIAS + head * distances + at, mask=inside, other=0).to(tl.float32)
 
 
 @triton.jit
 def _is_seen(m, t, length, window, WINDOWED: tl.constexpr):
     """Which keys t queries m see; a query behind the example's end sees what its first would."""
-    seen = (t < length)[None, :]
+    seen = t < length
     if WINDOWED:
-        seen = seen & ((tl.abs(t[None, :] - m[:, None]) <= window) | (m >= length)[:, None])
+        seen = seen & ((tl.abs(t - m) <= window) | (m >= length))
     return seen
 
 
@@ -204,7 +210,7 @@ def _fill(X, first, end, head, HEADS: tl.constexpr, WIDTH: tl.constexpr):
         tl.store(X + at, zeros, mask=(row < end)[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _attend_kernel(
     Q, K, V, Y, TOTAL, FIRST, LENGTH, KEY, PLACE, THRESHOLD, SCALE, BIAS, window, scaling, examples, tokens, distances,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, FIRST_SIZE: tl.constexpr,
@@ -213,41 +219,55 @@ def _attend_kernel(
     """One block of queries of one head of one example."""
     example, head, block = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     length = tl.load(LENGTH + example)
-    if (block * QUERIES < length) & _is_mine(length, KEYS, FIRST_SIZE):
+    mine = length <= KEYS if FIRST_SIZE else length > KEYS // 2
+    if (block * QUERIES < length) & mine:
         trial = example // examples
         start = trial.to(tl.int64) * tokens + tl.load(FIRST + example)
         if (block == 0) & (example % examples == examples - 1):
             _fill(Y, start + length, (trial.to(tl.int64) + 1) * tokens, head, HEADS, WIDTH)
-        m, t, d = block * QUERIES + tl.arange(0, QUERIES), tl.arange(0, KEYS), tl.arange(0, WIDTH)
+        m, d = block * QUERIES + tl.arange(0, QUERIES), tl.arange(0, WIDTH)
         at_m = (start + m)[:, None] * (HEADS * WIDTH) + head * WIDTH + d[None, :]
-        at_t = (start + t)[:, None] * (HEADS * WIDTH) + head * WIDTH + d[None, :]
-        in_m, in_t = (m < length)[:, None], (t < length)[:, None]
-        q, k = tl.load(Q + at_m, mask=in_m, other=0), tl.load(K + at_t, mask=in_t, other=0)
-        weights = tl.dot(q, tl.trans(k)) * scaling
-        if BIASED:
-            weights += _bias(BIAS, m, t, head, length, distances)
-        weights = tl.where(_is_seen(m, t, length, window, WINDOWED), weights, float("-inf"))
-        top = tl.max(weights, 1)
-        weights = tl.exp(weights - top[:, None])
-        total = tl.sum(weights, 1)
-        tl.store(TOTAL + (start + m) * HEADS + head, top + tl.log(total), mask=m < length)
-        weights = weights / total[:, None]
+        in_m = (m < length)[:, None]
+        q = tl.load(Q + at_m, mask=in_m, other=0)
+        # Lower than any score, and finite: a window may hide a whole block, which the next one then outweighs.
+        top, total = tl.full([QUERIES], -1e30, tl.float32), tl.zeros([QUERIES], tl.float32)
+        y, scale = tl.zeros([QUERIES, WIDTH], tl.float32), 1.0
         if DROPS:
             key = tl.load(KEY + start + m, mask=m < length, other=0)
-            drop = _dropped(key, tl.load(PLACE), tl.load(THRESHOLD + trial), head, QUERIES, KEYS)
-            weights = tl.where(drop, 0.0, weights * tl.load(SCALE + trial).to(tl.float32))
-        v = tl.load(V + at_t, mask=in_t, other=0)
-        tl.store(Y + at_m, tl.dot(weights.to(v.dtype), v).to(v.dtype), mask=in_m)
+            place, threshold = tl.load(PLACE), tl.load(THRESHOLD + trial)
+            scale = tl.load(SCALE + trial).to(tl.float32)
+        for first in range(0, length, KEYS):
+            t = first + tl.arange(0, KEYS)
+            at_t = (start + t)[:, None] * (HEADS * WIDTH) + head * WIDTH + d[None, :]
+            in_t = (t < length)[:, None]
+            k, v = tl.load(K + at_t, mask=in_t, other=0), tl.load(V + at_t, mask=in_t, other=0)
+            scores = tl.dot(q, tl.trans(k)) * scaling
+            if BIASED:
+                scores += _bias(BIAS, m[:, None], t[None, :], head, length, distances)
+            scores = tl.where(_is_seen(m[:, None], t[None, :], length, window, WINDOWED), scores, -1e30)
+            higher = tl.maximum(top, tl.max(scores, 1))
+            weights, fall = tl.exp(scores - higher[:, None]), tl.exp(top - higher)
+            top, total = higher, total * fall + tl.sum(weights, 1)
+            if DROPS:
+                drop = _dropped(key[:, None], t[None, :], place, threshold, head)
+                weights = tl.where(drop, 0.0, weights)
+            y = tl.dot(weights.to(v.dtype), v, y * fall[:, None])
+        tl.store(TOTAL + (start + m) * HEADS + head, top + tl.log(total), mask=m < length)
+        tl.store(Y + at_m, (y * (scale / total)[:, None]).to(Y.dtype.element_ty), mask=in_m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=SIZES)
 def _backward_kernel(
     G, Q, K, V, Y, TOTAL, DQ, DK, DV, FIRST, LENGTH, KEY, PLACE, THRESHOLD, SCALE, BIAS, window, scaling, examples,
     tokens, distances,
     HEADS: tl.constexpr, WIDTH: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr, FIRST_SIZE: tl.constexpr,
     DROPS: tl.constexpr, BIASED: tl.constexpr, WINDOWED: tl.constexpr,
 ):  # fmt: skip
-    """All gradients of one head of one example."""
+    """All gradients of one head of one example.
+
+    Its matrices have keys along the rows, as have the sums dK and dV: what these add up stays in the registers of the
+    threads that computed it. Factors that all share come last.
+    """
     example, head = tl.program_id(0), tl.program_id(1)
     length = tl.load(LENGTH + example)
     if _is_mine(length, KEYS, FIRST_SIZE):
@@ -263,28 +283,32 @@ def _backward_kernel(
         in_t = (t < length)[:, None]
         k, v = tl.load(K + at_t, mask=in_t, other=0), tl.load(V + at_t, mask=in_t, other=0)
         dk, dv = tl.zeros([KEYS, WIDTH], tl.float32), tl.zeros([KEYS, WIDTH], tl.float32)
+        scale = 1.0
+        if DROPS:
+            place, threshold = tl.load(PLACE), tl.load(THRESHOLD + trial)
+            scale = tl.load(SCALE + trial).to(tl.float32)
         for first in range(0, length, QUERIES):
             m = first + tl.arange(0, QUERIES)
             at_m = (start + m)[:, None] * (HEADS * WIDTH) + head * WIDTH + d[None, :]
             in_m = (m < length)[:, None]
             q, g = tl.load(Q + at_m, mask=in_m, other=0), tl.load(G + at_m, mask=in_m, other=0)
+            y = tl.load(Y + at_m, mask=in_m, other=0)
             total = tl.load(TOTAL + (start + m) * HEADS + head, mask=m < length, other=0)
-            weights = tl.dot(q, tl.trans(k)) * scaling
+            mean = tl.sum(g.to(tl.float32) * y.to(tl.float32), 1) / scale
+            weights = tl.dot(k, tl.trans(q)) * scaling
             if BIASED:
-                weights += _bias(BIAS, m, t, head, length, distances)
-            weights = tl.where(_is_seen(m, t, length, window, WINDOWED), tl.exp(weights - total[:, None]), 0.0)
-            dropped, dweights = weights, tl.dot(g, tl.trans(v))
+                weights += _bias(BIAS, m[None, :], t[:, None], head, length, distances)
+            seen = _is_seen(m[None, :], t[:, None], length, window, WINDOWED)
+            weights = tl.where(seen, tl.exp(weights - total[None, :]), 0.0)
+            dropped, dweights = weights, tl.dot(v, tl.trans(g))
             if DROPS:
                 key = tl.load(KEY + start + m, mask=m < length, other=0)
-                drop = _dropped(key, tl.load(PLACE), tl.load(THRESHOLD + trial), head, QUERIES, KEYS)
-                scale = tl.load(SCALE + trial).to(tl.float32)
-                dropped = tl.where(drop, 0.0, weights * scale)
-                dweights = tl.where(drop, 0.0, dweights * scale)
-            y = tl.load(Y + at_m, mask=in_m, other=0)
-            mean = tl.sum(g.to(tl.float32) * y.to(tl.float32), 1)
-            dscores = (weights * (dweights - mean[:, None]) * scaling).to(q.dtype)
-            dv += tl.dot(tl.trans(dropped.to(q.dtype)), g)
-            dk += tl.dot(tl.trans(dscores), q)
-            tl.store(DQ + at_m, tl.dot(dscores, k).to(q.dtype), mask=in_m)
-        tl.store(DK + at_t, dk.to(k.dtype), mask=in_t)
-        tl.store(DV + at_t, dv.to(k.dtype), mask=in_t)
+                drop = _dropped(key[None, :], t[:, None], place, threshold, head)
+                dropped, dweights = tl.where(drop, 0.0, weights), tl.where(drop, 0.0, dweights)
+            dscores = (weights * (dweights - mean[None, :])).to(q.dtype)
+            dv = tl.dot(dropped.to(q.dtype), g, dv)
+            dk = tl.dot(dscores, q, dk)
+            dq = tl.dot(tl.trans(dscores), k) * (scale * scaling)
+            tl.store(DQ + at_m, dq.to(q.dtype), mask=in_m)
+        tl.store(DK + at_t, (dk * (scale * scaling)).to(k.dtype), mask=in_t)
+        tl.store(DV + at_t, (dv * scale).to(k.dtype), mask=in_t)

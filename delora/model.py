@@ -257,7 +257,11 @@ class Fleet(nn.Module):
         config = torch._dynamo.config
         config.recompile_limit = 64  # methods in one process
         config.force_parameter_static_shapes = config.force_nn_module_property_static_shapes = False
+        config.specialize_float = True  # scalings and epsilons are constants; as symbols they are traced twice
         symbols.use_duck_shape = False  # K may be the rank
+        # With autocast in it a graph is compiled anew in each process, unless it is said that its arguments tell all.
+        cacheable = torch._inductor.config.unsafe_marked_cacheable_functions
+        cacheable.update({f"torch.amp.autocast_mode.{name}": "" for name in ("_enter_autocast", "_exit_autocast")})
         frozen = {parameter for _, parameter in self.frozen()}
         layers = [layer for _, layer in self.encoder.find_layers(self.base)]
         embeddings = self.base.base_model.get_submodule(self.encoder.embeddings)

@@ -1,6 +1,7 @@
 """One fleet of trials from config to results: config → data → model + method → train → results."""
 
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import functools
@@ -10,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -78,10 +80,9 @@ def run_fleet(
     if device.type == "cpu":
         keep_memory()
     console.doing("reading data")
-    dataset, tensors = prepare(config)
+    dataset, tensors, encoder = prepare(config)
     console.doing("loading the encoder")
-    encoder = pretrained.load(config.model, task)
-    fleet = Fleet(encoder.model, trials, device, encoder.lacking)
+    fleet = Fleet(as_loaded(encoder.model), trials, device, encoder.lacking)
     start = begin(fleet, encoder) if config.method.start else None
     compiled = choose_speed(fleet, config.compile)
     made_by = storage.provenance(
@@ -193,53 +194,54 @@ def choose_speed(fleet: Fleet, wish: bool | str) -> bool:
     return bool(wish)
 
 
-def prepare(config: Trial) -> tuple[Dataset, dict[str, Tokens]]:
-    """The rows of a trial's task, and as tokens on its device; the fleets of a sweep share them.
+def prepare(config: Trial) -> tuple[Dataset, dict[str, Tokens], pretrained.Pretrained]:
+    """The rows of a trial's task, as tokens on its device, and the encoder; the fleets of a sweep share them.
 
     Raises:
         UserError: rows are missing or damaged; the batch is larger than the training rows.
     """
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     task, device, dtype = config.task.facts, config.device, DTYPES[config.precision]
-    dataset, tokens, known = _prepare(
+    dataset, tokens, encoder = _prepare(
         task, config.data, config.model, config.max_length, config.batch_size, device, dtype
     )
+    known = encoders.of(encoder.model.config.to_dict()) is not None
     if not known and (config.model, config.method.target) not in _tried:
-        _try_out(config, dataset)
+        _try_out(config, dataset, encoder)
         _tried.add((config.model, config.method.target))
-    return dataset, tokens
+    return dataset, tokens, encoder
 
 
 _tried: set[tuple[ModelConfig, str]] = set()  # encoders of unknown families, with the methods that they train with
 
 
-def _try_out(config: Trial, dataset: Dataset) -> None:
-    task = config.task.facts
+def _try_out(config: Trial, dataset: Dataset, encoder: pretrained.Pretrained) -> None:
     rows = dataset.splits["train"]
     few = Rows(rows.texts[:4], rows.labels[:4])
-    tokens = Tokens(few, pretrained.load(config.model, task).tokenizer, 32, torch.device("cpu"), torch.float32)
+    tokens = Tokens(few, encoder.tokenizer, 32, torch.device("cpu"), torch.float32)
+    check_unknown(lambda: (as_loaded(encoder.model), encoder.lacking), tokens, config)
 
-    def load() -> tuple[transformers.PreTrainedModel, frozenset[str]]:
-        loaded = pretrained.load(config.model, task)
-        return loaded.model, loaded.lacking
 
-    check_unknown(load, tokens, config)
+def as_loaded(model: transformers.PreTrainedModel) -> transformers.PreTrainedModel:
+    """The model once more, for a fleet to change in place; the weights, which stay frozen, share their memory."""
+    frozen = {id(p): torch.nn.Parameter(p.detach(), requires_grad=False) for p in model.parameters()}
+    return copy.deepcopy(model, frozen)  # type: ignore[arg-type]
 
 
 @functools.lru_cache(maxsize=1)
 def _prepare(task: Task, data, model, max_length: int, batch_size: int, device: str, dtype: torch.dtype):
-    dataset = rows_of.load(task, **data.options())
-    loaded = pretrained.load(model, task)
-    known, tokenizer = encoders.of(loaded.model.config.to_dict()) is not None, loaded.tokenizer
-    del loaded
-    place = choose_device(device)
+    with ThreadPoolExecutor(1) as aside:
+        chosen = aside.submit(choose_device, device)  # a GPU takes a second to begin
+        dataset, encoder = rows_of.load(task, **data.options()), pretrained.load(model, task)
+        place = chosen.result()
+    tokenizer = encoder.tokenizer
     tokens = {split: Tokens(rows, tokenizer, max_length, place, dtype) for split, rows in dataset.splits.items()}
     if batch_size > len(tokens["train"]):
         raise UserError(f"batch_size={batch_size}: there are only {len(tokens['train'])} training rows")
     cut, rows = sum(t.cut for t in tokens.values()), sum(map(len, tokens.values()))
     if cut:
         _warn_once(f"{task.name}: {cut} of {rows} examples are longer than max_length={max_length} tokens and were cut")
-    return dataset, tokens, known
+    return dataset, tokens, encoder
 
 
 @functools.cache

@@ -4,6 +4,7 @@ Losses are summed over the trials, so gradients never mix; rates, decay, clippin
 length K. Shapes as in `delora.methods.base` and `delora.data.batches`; C labels.
 """
 
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -22,9 +23,11 @@ from delora.optim import FleetAdamW
 from delora.tasks import Task
 
 MISMATCHED = "accuracy_mm"
-# Validation rows whose hidden states are compared with the frozen encoder's, and examples of all trials at once.
-COMPARED, AT_ONCE = 32, 128
+# Validation rows whose hidden states are compared with the frozen encoder's, and examples of all trials at once; on a
+# GPU, which fewer do not keep busy, more.
+COMPARED, AT_ONCE, AT_ONCE_ON_GPU = 32, 128, 512
 VALIDATION = "validation"
+Logits = Callable[[Tensor, Tensor, Widths], Tensor]  # of examples (K, B), a step that does not count, and their width
 
 
 @dataclass
@@ -168,8 +171,10 @@ def train(
         checkpoints.restore(state)
 
     step = Step(fleet, data.train, state)
+    plain = functools.partial(logits_of, fleet, data.validation)
+    compute = Recorded(plain, fleet.device) if fleet.recorded else plain
     if state.scored < 0:
-        _evaluate(fleet, data, state, report)
+        _evaluate(fleet, data, state, report, compute)
     fleet.train()
     for epoch in range(state.scored, config.epochs):
         start = time.perf_counter()
@@ -181,7 +186,7 @@ def train(
             if checkpoints:
                 checkpoints.offer(state)
         state.totals.train_seconds += time.perf_counter() - start
-        _evaluate(fleet, data, state, report)
+        _evaluate(fleet, data, state, report, compute)
         if checkpoints:
             checkpoints.offer(state)
         if not optimizer.alive_K.any():
@@ -202,17 +207,24 @@ class Step:
     def __init__(self, fleet: Fleet, tokens: Tokens, state: State):
         self.fleet, self.tokens, self.state = fleet, tokens, state
         self._run = Recorded(self._compute, fleet.device) if fleet.recorded else self._compute
+        config, self._few = fleet.trials[0], list[int]()
+        if fleet.recorded and fleet.packs and config.accumulation == 1:
+            self._few = tokens.few_widths([t.seed for t in fleet.trials], config.epochs, config.batch_size)
 
     def __call__(self, index_KB: Tensor) -> Tensor:
         """Trains on the examples `index_KB` (on the CPU); the mean loss of each trial, (K,), until the next call."""
         tokens, totals = self.tokens, self.state.totals
         index_KB = index_KB.gather(1, tokens.order_by_length(index_KB))
-        widths = tuple(tokens.width(part_KB, self.fleet.packs) for part_KB in self._parts(index_KB))
+        widths = self.widths(index_KB)
         loss_K = self._run(index_KB, torch.tensor(totals.steps), widths)
         totals.steps += 1
         totals.real_tokens += int(tokens.lengths_S[index_KB.numpy()].sum())
         totals.computed_tokens += len(index_KB) * sum(width for width, _ in widths)
         return loss_K
+
+    def widths(self, index_KB: Tensor) -> Widths:
+        """The widths of the batch's parts."""
+        return tuple(self.tokens.width(part_KB, self.fleet.packs, self._few) for part_KB in self._parts(index_KB))
 
     def _parts(self, index_KB: Tensor) -> Sequence[Tensor]:
         size = -(-index_KB.shape[1] // self.fleet.trials[0].accumulation)
@@ -271,20 +283,31 @@ def example_losses(logits_KBC: Tensor, labels_KB: Tensor) -> Tensor:
     return F.cross_entropy(logits_KBC.flatten(0, 1), labels_KB.flatten(), reduction="none").view(labels_KB.shape)
 
 
+def logits_of(fleet: Fleet, tokens: Tokens, index_KB: Tensor, _: Tensor, widths: Widths) -> Tensor:
+    """The logits (K, B, C) of a batch."""
+    return fleet.logits(tokens.gather(index_KB, fleet.packs, widths[0]))
+
+
 def predict(
     fleet: Fleet,
     tokens: Tokens,
     index_KS: Tensor,
     batch_size: int,
     progress: Callable[[int], object] = lambda _: None,
+    compute: Logits | None = None,
 ) -> Tensor:
-    """Logits (K, S, C) of the examples `index_KS`, without dropout; `progress` is told the size of each batch."""
-    training = fleet.training
+    """Logits (K, S, C) of the examples `index_KS`, without dropout; `progress` is told the size of each batch.
+
+    `compute` gives those of a batch, as `logits_of` does.
+    """
+    compute = compute or functools.partial(logits_of, fleet, tokens)
+    training, no_step = fleet.training, torch.zeros((), dtype=torch.int64)
     fleet.eval()
     logits_KSC: Tensor | None = None
     with torch.inference_mode(), torch.compiler.set_stance("force_eager"):  # compiled for training only
-        for columns_KB, batch in tokens.in_order(index_KS, batch_size, fleet.packs):
-            logits_KBC = fleet.logits(batch)
+        for columns_KB in tokens.order_by_length(index_KS).split(batch_size, dim=1):  # short examples first
+            index_KB = index_KS.gather(1, columns_KB)
+            logits_KBC = compute(index_KB, no_step, (tokens.width(index_KB, fleet.packs),))
             if logits_KSC is None:
                 logits_KSC = logits_KBC.new_empty(*index_KS.shape, logits_KBC.shape[-1])
             columns_KBC = columns_KB.to(logits_KBC.device)[..., None].expand_as(logits_KBC)
@@ -299,19 +322,20 @@ def output_changes(fleet: Fleet, data: Data) -> dict[str, Tensor]:
     """`Fleet.output_changes` on the first of each trial's validation rows."""
     fleet.eval()
     with torch.inference_mode(), torch.compiler.set_stance("force_eager"):
-        rows_KS, size = data.validation_KS[:, :COMPARED], max(1, AT_ONCE // len(fleet.trials))
+        at_once = AT_ONCE_ON_GPU if fleet.device.type == "cuda" else AT_ONCE
+        rows_KS, size = data.validation_KS[:, :COMPARED], max(1, at_once // len(fleet.trials))
         batches = data.validation.in_order(rows_KS, size, packed=False)
         changes = fleet.output_changes(batch for _, batch in batches)
     fleet.train()
     return changes
 
 
-def _evaluate(fleet: Fleet, data: Data, state: State, report: Report) -> None:
+def _evaluate(fleet: Fleet, data: Data, state: State, report: Report, compute: Logits) -> None:
     """Scores the trials on validation, and keeps those that are better than before."""
     start = time.perf_counter()
     optimizer, outcomes, step, epoch = state.optimizer, state.outcomes, state.totals.steps, state.scored + 1
     _retire(state, report)
-    for trial, evaluation in _scores(fleet, data, optimizer.alive_K.tolist(), epoch, step).items():
+    for trial, evaluation in _scores(fleet, data, optimizer.alive_K.tolist(), epoch, step, compute).items():
         outcome = outcomes[trial]
         logits = evaluation.pop("logits")
         if not math.isfinite(evaluation["loss"]):  # the last update broke the trial
@@ -328,12 +352,14 @@ def _evaluate(fleet: Fleet, data: Data, state: State, report: Report) -> None:
     state.totals.evaluate_seconds += time.perf_counter() - start
 
 
-def _scores(fleet: Fleet, data: Data, alive: list[bool], epoch: int, step: int) -> dict[int, dict[str, Any]]:
+def _scores(
+    fleet: Fleet, data: Data, alive: list[bool], epoch: int, step: int, compute: Logits
+) -> dict[int, dict[str, Any]]:
     """Loss, metrics, distances, λ, change of outputs and logits on the validation rows, by trial.
 
     Trials that diverged are left out.
     """
-    logits_KSC = predict(fleet, data.validation, data.validation_KS, fleet.trials[0].batch_size)
+    logits_KSC = predict(fleet, data.validation, data.validation_KS, fleet.trials[0].batch_size, compute=compute)
     labels_KS = data.validation.labels_S[data.validation_KS.to(fleet.device)]
     loss_K = example_losses(logits_KSC, labels_KS).mean(1).tolist()
     distances = {name: d.tolist() for name, d in fleet.distances().items()}

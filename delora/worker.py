@@ -276,7 +276,6 @@ class Command:
 
     def cut(self, share: float, memory: float | None) -> None:
         """Makes fleets of its trials, as many trials in one as fit into this process's device."""
-        from delora import pretrained
         from delora.run import prepare
 
         trials = fleets.unpacked(self.about["trials"], self.root)
@@ -288,8 +287,8 @@ class Command:
         # Those that share rows and encoder follow each other: the last ones that were read are kept.
         for company, trial in sorted(firsts.items(), key=lambda one: repr((one[1].task, one[1].data, one[1].model))):
             most[company] = largest_here(trial, share, memory)
-            weights = pretrained.load(trial.model, trial.task.facts).sha256
-            inputs[company] = {"data": prepare(trial)[0].sha256, "weights": weights}
+            dataset, _, encoder = prepare(trial)
+            inputs[company] = {"data": dataset.sha256, "weights": encoder.sha256}
         groups = plan(missing, {trial.folder: trial for trial in trials}, lambda trial: most[trial.company])
         known = {trial.folder.name: trial.company for trial in trials}
         measured = {known[name]: seconds for name, seconds in self.about["measured"].items() if name in known}

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ from delora.data.batches import Tokens, epoch_order
 from delora.errors import UserError
 from delora.model import Fleet
 from delora.tasks import TASKS
-from delora.train import Data, State, Totals, predict, train
+from delora.train import Data, State, Step, Totals, predict, train
 
 SEEDS = 4  # of a fleet, whose trials else differ in their rates: a sweep of factors and seeds
 WARMUP = 3  # steps that are not counted; on a GPU more
@@ -113,6 +114,7 @@ LABELS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", help="GLUE's TSV files; without it, synthetic data")
+    parser.add_argument("--task", default="mrpc", help="an option of the group task, one of GLUE")
     parser.add_argument("--model", default="minilm", help="an option of the group model")
     parser.add_argument("--models", nargs="+", help="compares these encoders, with random weights in their shapes")
     parser.add_argument("--random", action="store_true", help="random weights in its shape, MiniLM's tokenizer")
@@ -128,6 +130,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of each turn, counted after warming up (default: 6, on a GPU 50)")
     parser.add_argument("--turns", type=int, default=5, help="at most")
     parser.add_argument("--minutes", type=float, default=6, help="after which nothing but delora's own sizes is begun")
+    parser.add_argument("--command", nargs="+", metavar="METHOD", help="a whole command of these methods, that alone")
+    parser.add_argument("--epochs", type=int, default=10, help="of --command")
+    parser.add_argument("--tokens", nargs="+", metavar="TASK", help="tokens computed for each real one, that alone")
     parser.add_argument("--tokenize", type=int, metavar="ROWS", help="so many pairs as long as MNLI's, and that alone")
     parser.add_argument("--predict", type=int, metavar="TEXTS", help="speed beside transformers' pipeline, that alone")
     parser.add_argument("--json", type=Path, help="file for all figures")
@@ -137,6 +142,12 @@ def main() -> None:
         what, size = options.alone.split(":")
         alone: dict[str, Callable[..., Any]] = {"peak": peak_bytes, "start": start_seconds, "tokenize": tokenize}
         print(json.dumps(alone[what](options, int(size))))
+        return
+    if options.command:
+        report_command(options)
+        return
+    if options.tokens:
+        report_tokens(options)
         return
     if options.tokenize:
         report_tokenizing(options)
@@ -187,14 +198,16 @@ def compare_models(options: argparse.Namespace) -> None:
         table.add_row(name, *row, f"{min(theirs) * size / ours:.1f}")
         print(f"{name}: {', '.join(row)}", file=sys.stderr, flush=True)
         torch.compiler.reset()
-    print(f"{size} trials, {options.method}, MRPC, batch {options.batch_size}, {options.precision}, random weights")
+    about = f"{size} trials, {options.method}, {options.task}, batch {options.batch_size}, {options.precision}"
+    print(f"{about}, random weights")
     Console(width=110).print(table)
 
 
 def words(options: argparse.Namespace, seed: int, method: str | None = None, model: str | None = None) -> list[str]:
     """As delora-run takes them."""
     return [
-        *(f"model={model or options.model}", f"method={method or options.method}", f"seed={seed}", "task=mrpc"),
+        *(f"model={model or options.model}", f"method={method or options.method}", f"seed={seed}"),
+        f"task={options.task}",
         *(f"batch_size={options.batch_size}", f"device={options.device}", f"precision={options.precision}"),
         f"data.dir={options.data}" if options.data else "data=synthetic",
     ]
@@ -256,12 +269,12 @@ class Benchmark:
     def __init__(self, options: argparse.Namespace):
         self.options = options
         self.trial = trial(options, 42)
-        self.task = TASKS["mrpc"]
+        self.task = TASKS[options.task]
         self.device = run.choose_device(options.device)
         self.compiles = self.device.type == "cuda"
         if not self.compiles:
             run.keep_memory()
-        _, self.tokens = run.prepare(trial(options, 42, model="minilm" if options.random else None))
+        _, self.tokens, _ = run.prepare(trial(options, 42, model="minilm" if options.random else None))
         self.tokenizer = pretrained.load(trial(options, 42, model="minilm").model, self.task).tokenizer
         if options.random:
             for tokens in self.tokens.values():
@@ -351,7 +364,9 @@ class Benchmark:
         family = encoders.families()[shape.family]
         sizes = {key: getattr(shape, name) for name, key in family.keys.items()}
         published = {"vocab_size": 50265, "pad_token_id": 1, **PUBLISHED.get(shape.family, {})}
-        config = transformers.AutoConfig.for_model(family.types[0], **{**sizes, **published})
+        config = transformers.AutoConfig.for_model(
+            family.types[0], **{**sizes, **published, **pretrained.labels(self.task)}
+        )
         first = family.first_position(config.to_dict())
         setattr(config, family.keys["positions"], shape.positions + first)
         model = transformers.AutoModelForSequenceClassification.from_config(config)
@@ -424,7 +439,8 @@ class Benchmark:
             return WARMUP
         tokens, seeds, epochs = self.tokens["train"], [trial.seed for trial in fleet.trials], range(10)
         orders = (epoch_order(seeds, epoch, len(tokens)) for epoch in epochs)
-        widths = [tokens.width(index_KB) for order in orders for index_KB in order.split(self.trial.batch_size, 1)]
+        step = Step(fleet, tokens, None)  # whose batches are not computed here
+        widths = [step.widths(index_KB) for order in orders for index_KB in order.split(self.trial.batch_size, 1)]
         for first in range(WARMUP, len(widths) - self.options.steps):
             in_one_epoch = 0 < first % self.steps_per_epoch < self.steps_per_epoch - self.options.steps
             twice = {width for width in set(widths[:first]) if widths[:first].count(width) > 1}
@@ -485,7 +501,7 @@ class Benchmark:
             tokens = self.tokens[split]
             columns = {name: ids.cpu().split(tokens.lengths_S.tolist()) for name, ids in tokens.inputs.items()}
             return [
-                {name: ids[i].tolist() for name, ids in columns.items()} | {"labels": int(tokens.labels_S[i])}
+                {name: ids[i].tolist() for name, ids in columns.items()} | {"labels": tokens.labels_S[i].item()}
                 for i in order
             ]
 
@@ -647,6 +663,78 @@ def report_tokenizing(options: argparse.Namespace) -> None:
         )
 
 
+# --- A whole command
+
+
+def report_command(options: argparse.Namespace) -> None:
+    """A sweep of the largest fleet's trials with each method, as a user starts it, in a process of its own."""
+    size = max(options.trials)
+    seeds = ",".join(str(42 + i) for i in range(min(SEEDS, size)))
+    factors = ",".join(f"{2.0 ** (i - size // SEEDS // 2):g}" for i in range(max(1, size // SEEDS)))
+    with tempfile.TemporaryDirectory() as folder:
+        common = [word for word in words(options, 42) if not word.startswith(("seed=", "method="))]
+        sweep = [f"method={','.join(options.command)}", f"seed={seeds}", f"lr_factor={factors}"]
+        line = [sys.executable, Path(__file__).with_name("command.py"), str(time.time()), f"{folder}/clock.json", "-m"]
+        line += [*common, *sweep, f"epochs={options.epochs}", f"output_dir={folder}/outputs", "logger.mode=offline"]
+        with busy_gpu(options.device) as busy:
+            done = subprocess.run(line, stdout=subprocess.DEVNULL)
+        if done.returncode:
+            raise UserError(f"the command ended with status {done.returncode}")
+        made = json.loads(Path(folder, "clock.json").read_text())
+    made["busy"] = statistics.fmean(busy) if busy else None
+    if options.json:
+        options.json.write_text(json.dumps(made, indent=1) + "\n")
+    table = Table("", "trials", "begun", "first step", "ms a step", "ended", box=None, pad_edge=False)
+    for fleet in made["fleets"]:
+        steps = fleet["steps"]
+        first = len(steps) - len(steps) // options.epochs  # of the last epoch
+        each = (steps[-1] - steps[first]) / max(1, len(steps) - 1 - first)
+        whens = [f"{fleet['begun']:.1f}", f"{steps[0]:.1f} (+{steps[0] - fleet['begun']:.1f})", f"{1e3 * each:.1f}"]
+        table.add_row(fleet["method"], str(fleet["trials"]), *whens, f"{fleet['ended']:.1f}")
+    about = f"{options.model}, {options.task}, {options.epochs} epochs, {options.precision}"
+    print(f"{about}; seconds from the command's start")
+    Console(width=110).print(table)
+    told = "" if made["busy"] is None else f", GPU busy {made['busy']:.0f} %"
+    print(f"{made['seconds']:.1f} s in all{told}")
+
+
+@contextlib.contextmanager
+def busy_gpu(device: str) -> Iterator[list[float]]:
+    """Gathers what share of time, in percent, a kernel ran on the GPU, by the driver's own count, in samples."""
+    found: list[float] = []
+    if not device.startswith("cuda"):
+        yield found
+        return
+    number = device.partition(":")[2] or "0"
+    query = ["--query-gpu=utilization.gpu", "--format=csv,noheader,nounits", "--loop-ms=200", f"--id={number}"]
+    with subprocess.Popen(["nvidia-smi", *query], stdout=subprocess.PIPE, text=True) as sampler:
+        try:
+            yield found
+        finally:
+            sampler.terminate()
+            found += [float(line) for line in sampler.communicate()[0].split() if line.isdigit()]
+
+
+def report_tokens(options: argparse.Namespace) -> None:
+    """Tokens that a GPU computes for each real one in three epochs of the largest fleet, and widths of its rows."""
+    size = max(options.trials)
+    table = Table("", "tokens for each real one", "widths", "steps of the rarest", box=None, pad_edge=False)
+    for name in options.tokens:
+        options.task = name
+        _, tokens, _ = run.prepare(trial(options, 42))
+        train, counts, real, seeds = tokens["train"], Counter[int](), 0, [42 + k % SEEDS for k in range(size)]
+        few = train.few_widths(seeds, 10, options.batch_size)
+        with mock.patch.object(Tokens, "on_cpu", False):
+            for epoch in range(3):
+                order_KS = epoch_order(seeds, epoch, len(train))
+                for index_KB in order_KS.split(options.batch_size, dim=1):
+                    counts[train.width(index_KB, few=few)[0]] += 1
+                    real += int(train.lengths_S[index_KB.numpy()].sum())
+        computed = size * sum(width * steps for width, steps in counts.items())
+        table.add_row(name, f"{computed / real:.3f}", str(len(counts)), str(min(counts.values())))
+    Console(width=110).print(table)
+
+
 # --- Predicting
 
 
@@ -742,7 +830,7 @@ def report(figures: Mapping[str, Any], bench: Benchmark) -> None:
         label = LABELS.get(name) or label_of(name, options.method)
         table.add_row(label, f"{1e3 * median:.1f}", spread, str(len(seconds[name])), f"{1e3 * each:.2f}", faster, over)
     weights = ", random weights" if options.random else ""
-    about = f"{options.model}{weights}, {options.method}, MRPC {'files' if options.data else 'synthetic'}"
+    about = f"{options.model}{weights}, {options.method}, {options.task} {'files' if options.data else 'synthetic'}"
     where = figures["hardware"] + ("" if bench.compiles else f", {figures['threads']} threads")
     print(f"{about}, batch {options.batch_size}, {options.precision}, {where}")
     console = Console(width=130)

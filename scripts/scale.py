@@ -180,9 +180,8 @@ def result_of(trial: Trial) -> Any:
 NOTHING = types.SimpleNamespace(sha256="0" * 64, alone=False, type="cpu")
 STUBS: dict[str, dict[str, Any]] = {
     "torch": {"device": str},
-    "delora.run": {"prepare": lambda trial: (NOTHING, {}), "choose_device": lambda name: NOTHING},
+    "delora.run": {"prepare": lambda trial: (NOTHING, {}, NOTHING), "choose_device": lambda name: NOTHING},
     "delora.cost": {"largest_fleet": lambda *_: 64, "seconds": lambda *_: 1.0},
-    "delora.pretrained": {"load": lambda *_: NOTHING},
     "delora.methods.base": {"find": lambda _: NOTHING, "check": lambda _: None},
 }
 

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from delora.data import Rows
-from delora.data.batches import Tokens, epoch_order
+from delora.data.batches import FEW, Tokens, epoch_order, few_widths
 
 CPU, MAX_LENGTH = torch.device("cpu"), 12
 TEXTS = [
@@ -87,6 +87,33 @@ def test_padded_batches_on_a_gpu_have_few_widths_and_none_beyond_the_longest_exa
     batch, theirs = tokens.gather(INDEX_KB, packed=False), expected(tokenizer, INDEX_KB)
     assert torch.equal(batch.inputs["input_ids"][:, :MAX_LENGTH].long(), theirs["input_ids"])
     assert not batch.inputs["attention_mask"][:, MAX_LENGTH:].any()
+
+
+def test_few_widths_compute_the_fewest_tokens():
+    needed = np.random.default_rng(0).normal(360, 25, 300).astype(int)
+    widths = few_widths(needed)
+    possible = sorted({-(-n // 8) * 8 for n in needed.tolist()})
+    assert len(widths) == FEW < len(possible) and {*widths} <= {*possible} and widths[-1] == possible[-1]
+
+    def computed(some):
+        return int(np.array(some)[np.searchsorted(some, needed)].sum())
+
+    regular = [possible[len(possible) * i // FEW - 1] for i in range(1, FEW + 1)]
+    assert computed(widths) <= computed(regular)
+    for i in range(FEW - 1):  # none of them elsewhere is better
+        for other in {*possible} - {*widths}:
+            assert computed(widths) <= computed(sorted({*widths[:i], other, *widths[i + 1 :]}))
+    assert few_widths(np.array([1, 9])) == [8, 16]
+
+
+def test_a_packed_row_on_a_gpu_gets_the_first_width_that_holds_it(tokens, monkeypatch):
+    monkeypatch.setattr(Tokens, "on_cpu", False)
+    needed = int(tokens.lengths_S[INDEX_KB.numpy()].sum(1).max())
+    assert tokens.width(INDEX_KB, few=[8, needed, 64])[0] == needed
+    assert tokens.width(INDEX_KB, few=[8])[0] == tokens.width(INDEX_KB)[0] == -(-needed // 32) * 32
+    few = tokens.few_widths([3, 4, 3], epochs=2, size=3)
+    orders = torch.cat([epoch_order([3, 4], epoch, len(tokens))[:, :3] for epoch in range(2)])
+    assert max(few) >= tokens.lengths_S[orders.numpy()].sum(1).max() and not [w for w in few if w % 8]
 
 
 def test_batches_in_order_hold_each_example_once_the_short_ones_first(tokens):

@@ -75,7 +75,7 @@ def test_rows_for_which_the_time_is_up_are_named():
 @pytest.mark.parametrize("model", ["tiny", "minilm"])
 def test_without_pruning_the_same_is_computed(model):
     trials = [compose_trial(f"model={model}", "data=synthetic", f"seed={seed}") for seed in range(2)]
-    _, tokens = prepare(trials[0])
+    _, tokens, _ = prepare(trials[0])
     losses = []
     for what in (None, "pruning"):
         base = load(trials[0].model, TASKS["mrpc"]).model
@@ -98,7 +98,7 @@ def test_a_users_mistake_is_told_in_one_line():
 def test_pairs_are_as_long_as_mnlis_and_their_tokens_are_timed():
     benchmark = load_script("benchmark")
     options = argparse.Namespace(
-        model="minilm", method="lora", batch_size=32, device="cpu", precision="float32", data=None
+        model="minilm", method="lora", batch_size=32, device="cpu", precision="float32", data=None, task="mrpc"
     )
     pairs = benchmark.pairs_like_mnli(options, 2000)
     premise, hypothesis = (
@@ -114,7 +114,7 @@ def test_texts_are_predicted_beside_a_pipeline_with_the_same_probabilities(tmp_p
     benchmark = load_script("benchmark")
     options = argparse.Namespace(
         **{"model": "tiny", "method": "lora", "batch_size": 4, "device": "cpu", "precision": "float32", "data": None},
-        **{"predict": 12, "turns": 2, "json": tmp_path / "rates.json"},
+        **{"task": "mrpc", "predict": 12, "turns": 2, "json": tmp_path / "rates.json"},
     )
     benchmark.report_predicting(options)
     rates, lines = json.loads((tmp_path / "rates.json").read_text()), capsys.readouterr().out.splitlines()

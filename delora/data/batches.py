@@ -4,7 +4,7 @@ Shapes: K trials, B examples a trial, S examples of a split, T tokens of the lon
 trial's row: where examples are packed its B examples one after the other, else B·T.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -51,6 +51,8 @@ class Batch:
 
 
 MULTIPLE = 32  # of tokens, where each width of a row costs something: on a GPU a graph is recorded for it
+FEW, STEP = 12, 8  # widths, multiples of so many tokens, for rows that are known before
+LOOKED_AT = 1000  # batches, to choose them
 PADDED_MULTIPLE = 8  # of an example's tokens, for the same reason
 
 
@@ -96,8 +98,21 @@ class Tokens:
     def on_cpu(self) -> bool:
         return self.labels_S.device.type == "cpu"
 
-    def width(self, index_KB: Tensor, packed: bool = True) -> tuple[int, int]:
+    def few_widths(self, seeds: Sequence[int], epochs: int, size: int) -> list[int]:
+        """Widths of rows for trials with these seeds, in batches of `size`: few, and of all that are as few those with
+        which the fewest tokens are computed in the first batches."""
+        needed: list[int] = []
+        for epoch in range(epochs):
+            order_KS = epoch_order(sorted({*seeds}), epoch, len(self))
+            needed += [int(self.lengths_S[index_KB.numpy()].sum(1).max()) for index_KB in order_KS.split(size, dim=1)]
+            if len(needed) >= LOOKED_AT:
+                break
+        return few_widths(np.array(needed))
+
+    def width(self, index_KB: Tensor, packed: bool = True, few: Sequence[int] = ()) -> tuple[int, int]:
         """Tokens of a row that holds any trial's examples `index_KB` (on the CPU), and the span of an example.
+
+        On a GPU a packed row gets the first of the `few` widths that holds it, or else a multiple of `MULTIPLE`.
 
         The span is the longest example's; of packed batches on a GPU one that is the same for the whole split, of
         padded ones there a multiple of `PADDED_MULTIPLE`.
@@ -111,7 +126,8 @@ class Tokens:
         tokens = int(lengths_KB.sum(1).max())
         if self.on_cpu:
             return tokens, longest
-        return -(-tokens // MULTIPLE) * MULTIPLE, max(16, 1 << (self.longest - 1).bit_length())
+        width = next((width for width in few if width >= tokens), -(-tokens // MULTIPLE) * MULTIPLE)
+        return width, max(16, 1 << (self.longest - 1).bit_length())
 
     def gather(self, index_KB: Tensor, packed: bool = True, width: tuple[int, int] | None = None) -> Batch:
         """The examples `index_KB` (int64), one after the other, or each padded to the longest.
@@ -156,6 +172,27 @@ class Tokens:
             yield columns_KB, self.gather(index_KS.gather(1, columns_KB), packed)
 
 
-def epoch_order(seeds: list[int], epoch: int, rows: int) -> Tensor:
+def few_widths(needed: np.ndarray) -> list[int]:
+    """At most `FEW` widths for rows of which so many tokens are needed: each row gets the first that holds it, and the
+    sum of all is the smallest."""
+    width_W, count_W = np.unique(-(-needed // STEP) * STEP, return_counts=True)
+    rows_W, cost_W = np.append(0, count_W.cumsum()), np.append(0.0, np.full(len(width_W), np.inf))
+    through = np.triu(
+        np.append(0, width_W) * (rows_W - rows_W[:, None]).astype(float)
+    )  # of rows i to j, all as wide as j
+    through[np.tril_indices(len(through), -1)] = np.inf
+    chosen = []
+    for _ in range(FEW):
+        total = cost_W[:, None] + through
+        chosen.append(total.argmin(0))
+        cost_W = total.min(0)
+    last, found = len(width_W), set[int]()
+    for before in reversed(chosen):
+        found |= {int(width_W[last - 1])} if last else set()
+        last = before[last]
+    return sorted(found)
+
+
+def epoch_order(seeds: Sequence[int], epoch: int, rows: int) -> Tensor:
     """The order (K, S) in which each trial sees the training rows in `epoch`, a function of its seed and the epoch."""
     return torch.stack([permutation(rows, "order", seed, epoch) for seed in seeds])
