@@ -85,9 +85,6 @@ class Driver:
                 folders = [self.root / name for name in fleets.kept(fleet)]
                 if any(folder in wanted for folder in folders):
                     wanted |= {folder: self.trials[folder] for folder in folders if folder in self.trials}
-        if (asked := self.engine.options.workers) and asked > self.workers:
-            left = counted(len(self.trained), "trial")
-            self.console.say(f"engine.workers={asked}: {self.workers} are started, for {left}")
         measured = {folder.name: storage.share_of_seconds(result) for folder, result in self._one_of_each_company()}
         some = [
             *wanted.values(),
@@ -99,6 +96,9 @@ class Driver:
         except UserError:
             self._clean()
             raise
+        if (asked := self.engine.options.workers) and asked > self.workers:
+            left = counted(len(self.trained), "trial")
+            self.console.say(f"engine.workers={asked}: {self.workers} are started, for {left}")
 
     def _one_of_each_company(self) -> list[tuple[Path, Result]]:
         """A finished trial of each company that is to train, where there is one."""
