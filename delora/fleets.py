@@ -35,7 +35,7 @@ from delora.storage import ResultsError
 
 FLEETS, TRIALS, CONFIGS, STATE, CLAIM = ".fleets", "trials.json", "configs.json", "state.safetensors", ".claim-"
 FAILED, LOGS, OVER, SUMMARY = "failed", "logs", ".failed", "summary"
-NAME = "[0-9a-f]" * 16
+NAME, GONE = "[0-9a-f]" * 16, ".gone-"
 SECONDS_BETWEEN_SIGNS = 10.0  # of life, of a process that trains a fleet
 SECONDS_TO_LOSS = 90.0  # without such a sign: file systems may show a change after a minute
 
@@ -186,9 +186,13 @@ def _output_dir(trial: Trial, folder: Path) -> str:
 
 
 def forget(fleet: Path) -> None:
+    """Removes a fleet, at once for all who look: in one that is half removed another worker might make its claim."""
+    gone = fleet.with_name(f"{GONE}{fleet.name}-{os.getpid()}")
+    with suppress(OSError):
+        fleet.rename(gone)
     with suppress(OSError):  # first: a state without its trials would stay for good
-        (fleet / STATE).unlink()
-    shutil.rmtree(fleet, ignore_errors=True)
+        (gone / STATE).unlink()
+    shutil.rmtree(gone, ignore_errors=True)
     with suppress(OSError):  # others are in it
         fleet.parent.rmdir()
 
@@ -308,6 +312,12 @@ def failure(folder: Path, trial: str) -> str | None:
 def forget_failures(folder: Path) -> None:
     """Forgets why trials failed: a command tries them again."""
     shutil.rmtree(folder / FAILED, ignore_errors=True)
+
+
+def forget_gone(folder: Path) -> None:
+    """Removes what a kill left of fleets that were being forgotten, in the folder of fleets."""
+    for path in folder.glob(f"{GONE}*"):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def forget_logs(folder: Path) -> None:

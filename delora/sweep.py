@@ -23,7 +23,7 @@ from delora.console import Console
 from delora.driver import Driver
 from delora.engines import Engine
 from delora.errors import UserError
-from delora.fleets import FLEETS, NAME, STATE, SUMMARY, TRIALS, fleet_name, forget, forget_logs, kept, tidy
+from delora.fleets import FLEETS, NAME, STATE, SUMMARY, TRIALS, fleet_name, forget, forget_gone, forget_logs, kept, tidy
 from delora.plan import get_ready, plan
 from delora.plan import print_plan as print_fleets
 from delora.recording import stand_for
@@ -196,6 +196,7 @@ class Sweep:
                 if names and all(self._has_ended(root / name) for name in names):
                     forget(fleet)
             forget_commands(root)
+            forget_gone(root / FLEETS)
             tidy(root / FLEETS)
             if all(folder in self.found for folder in self.trials) and not list((root / FLEETS).glob(NAME)):
                 forget_logs(root / FLEETS)

@@ -460,7 +460,7 @@ class Worker(Trainer):
             group = fleets.of_workers(folder)
             if group is not None:
                 self._train_one(group, claim)
-        return True
+        return group is not None
 
     def _train_one(self, group: Group, claim: Claim) -> None:
         get_ready(group.trials[:1])

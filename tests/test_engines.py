@@ -121,6 +121,23 @@ def test_failures_are_counted_by_process_and_forgotten_with_progress(fleet, tmp_
     assert fleets.holders(fleet) == []
 
 
+def test_a_fleet_is_forgotten_at_once(fleet, tmp_path, monkeypatch):
+    """Nobody makes a claim in one that is half removed."""
+    removed = []
+
+    def remove(folder: Path, **_: object) -> None:
+        removed.append(folder)
+        assert Claim.take(fleet, tmp_path) is None and not fleet.exists()
+
+    (fleet / fleets.TRIALS).write_text("[]")
+    with monkeypatch.context() as patched:
+        patched.setattr(fleets.shutil, "rmtree", remove)
+        fleets.forget(fleet)
+    assert removed and not list(fleet.parent.glob(fleets.NAME))
+    fleets.forget_gone(fleet.parent)
+    assert not list(fleet.parent.iterdir())
+
+
 # --- Plans
 
 
