@@ -272,12 +272,12 @@ class Command:
 
     def is_cut(self) -> bool:
         """Whether its trials are fleets by now; reads the plan."""
-        if not self.planned:
+        if not self.host:
             with suppress(OSError, ValueError):
                 found = json.loads(storage.content(self.folder / PLAN, storage.LOG_LIMIT))
                 self.planned, self.host = found["fleets"], found["host"]
                 self.order = {name: place for place, name in enumerate(self.planned)}
-        return bool(self.planned)
+        return bool(self.host)
 
     def cut(self, share: float, memory: float | None) -> None:
         """Makes fleets of its trials, as many trials in one as fit into this process's device."""
@@ -301,7 +301,7 @@ class Command:
         if self.about["round"]:
             until, ending = self.about["round"]["until"], self.about["round"]["ending"]
             round = Round(until, [trial for trial in missing if trial.folder.name not in ending], ending)
-            regroup(self.root, known, round, lambda trial: most_of(trial, lambda one: most[one.company]))
+            regroup(trials[0].folder.parent, known, round, lambda trial: most_of(trial, lambda one: most[one.company]))
         groups = plan(missing, known, lambda trial: most[trial.company], until, ending)
         companies = {trial.folder.name: trial.company for trial in trials}
         measured = {companies[name]: seconds for name, seconds in self.about["measured"].items() if name in companies}
