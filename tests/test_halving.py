@@ -21,7 +21,7 @@ FACTORS, SEEDS = (0.5, 2, 8, 32), (1, 2)
 
 
 def trials_of(folder: Path, *words: str, factors=FACTORS, name: str = "s") -> list[Trial]:
-    values = [{"lr_factor": factor, "seed": seed} for factor in factors for seed in SEEDS]
+    values = [{"lr_factor": factor, "seed": seed} for seed in SEEDS for factor in factors]
     return compose_trials([*EXACT, *words, f"sweep={name}", f"output_dir={folder}"], values)
 
 
@@ -109,11 +109,9 @@ class Kill(BaseException):
     pass
 
 
-IN_THE_MIDDLE = (8, 32, 0.5, 2)  # of three fleets of two or three trials, the winner's trials are in two
-
-
 def few_of(folder: Path) -> list[Trial]:
-    return trials_of(folder, *FEW, RUNGS, "fleet.size=3", factors=IN_THE_MIDDLE)
+    """Of three fleets, of two or three trials; the two trials of each config are in two of them."""
+    return trials_of(folder, *FEW, RUNGS, "fleet.size=3")
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +119,7 @@ def whole(tmp_path_factory):
     """What nothing disturbs, in fleets of three."""
     folder = tmp_path_factory.mktemp("whole")
     results = run(few_of(folder))
-    stops = [result.get("stopped_epoch") for result in results]
-    assert stops == [1, 1, 1, 1, None, None, 1, 1]
+    assert sorted(result.get("stopped_epoch", 4) for result in results) == [1, 1, 1, 1, 1, 1, 4, 4]
     return everything(folder / "s")
 
 
@@ -179,7 +176,7 @@ def test_no_kill_changes_a_number_or_who_is_stopped(tmp_path, whole, monkeypatch
 
 def test_workers_halve_as_one_process_does(tmp_path, whole):
     words = [*EXACT, *FEW, RUNGS, "fleet.size=3", "-m", "name=s", "engine=local", "engine.workers=2"]
-    words += [f"lr_factor={','.join(map(str, IN_THE_MIDDLE))}", f"seed={','.join(map(str, SEEDS))}"]
+    words += [f"seed={','.join(map(str, SEEDS))}", f"lr_factor={','.join(map(str, FACTORS))}"]
     answer = command(*words, cwd=tmp_path)
     assert answer.returncode == 0, answer.stderr
     assert everything(tmp_path / "outputs" / "s") == whole
@@ -212,7 +209,7 @@ def test_configs_are_ranked_by_the_mean_over_seeds_and_those_that_diverged_come_
     scores = {(0.5, 1): 0.9, (0.5, 2): 0.1, (2, 1): 0.6, (2, 2): 0.6, (8, 1): 0.99, (8, 2): None, (32, 1): 0.2}
     scores[32, 2] = 0.3
     kept = halving.survivors(trials, scored(trials, scores), trials[0].halving)
-    assert [(t.lr_factor, t.seed) for t in trials if t.folder in kept] == [(0.5, 1), (0.5, 2), (2, 1), (2, 2)]
+    assert {(t.lr_factor, t.seed) for t in trials if t.folder in kept} == {(0.5, 1), (0.5, 2), (2, 1), (2, 2)}
     lonely = {key: None for key in scores} | {(8, 1): 0.1}
     kept = halving.survivors(trials, scored(trials, lonely), trials[0].halving)
     assert [(t.lr_factor, t.seed) for t in trials if t.folder in kept] == [(8, 1)]
@@ -230,8 +227,8 @@ def test_methods_are_halved_apart_unless_the_config_says_otherwise(tmp_path, by,
 def test_a_diverged_trial_ends_as_such_at_its_rung(tmp_path):
     trials = trials_of(tmp_path, RUNGS, "halving.keep=0.5", factors=(1, 1e200))
     results = run(trials)
-    assert [r["status"] for r in results] == ["done", "done", "diverged", "diverged"]
-    assert results[2]["steps"] == 4 and not (tmp_path / "s" / fleets.FLEETS).exists()
+    assert [r["status"] for r in results] == ["done", "diverged", "done", "diverged"]
+    assert results[1]["steps"] == 4 and not (tmp_path / "s" / fleets.FLEETS).exists()
 
 
 def test_another_halving_trains_stopped_trials_anew_and_the_same_one_nothing(tmp_path, full, capsys):

@@ -222,12 +222,13 @@ def _pictures(panels: Sequence[Panel], layer: str | None, factor: float | None) 
     whole = panels
     panels, left_out = drawn(panels)
     of_layer = "-" + re.sub(r"[^\w.-]", "x", layer) if layer else ""
-    if any(len(curve.factors_F) > 1 for panel in panels for curve in panel.curves):
-        yield "score_by_factor", _by_rate(panels, "factor", ("score", "drop"), left_out=left_out)
-        yield "score_by_rate", _by_rate(panels, "rate", ("score", "drop"), left_out=left_out)
+    full = [panel for panel in panels if not panel.stopped]
+    if any(len(curve.factors_F) > 1 for panel in full for curve in panel.curves):
+        yield "score_by_factor", _by_rate(full, "factor", ("score", "drop"), left_out=left_out)
+        yield "score_by_rate", _by_rate(full, "rate", ("score", "drop"), left_out=left_out)
         for quantity in ("distance", "change"):
-            if any(getattr(trial, quantity) > 0 for panel in panels for trial in panel.trials):
-                yield f"{quantity}_by_factor{of_layer}", _by_rate(panels, "factor", (quantity,), layer, left_out)
+            if any(getattr(trial, quantity) > 0 for panel in full for trial in panel.trials):
+                yield f"{quantity}_by_factor{of_layer}", _by_rate(full, "factor", (quantity,), layer, left_out)
     if any(len(trial.history) > 1 for panel in panels for trial in panel.trials):
         yield f"training{of_layer}", _over_training(panels, layer, factor, left_out)
     yield from ((f"budget_by_{axis}", figure) for axis in budget.AXES if (figure := _by_budget(whole, axis)))
