@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from delora.train import Score
 
 SECONDS_BETWEEN_LINES = 10.0
+WITHOUT_SCORE = ("diverged", "stopped", "failed")  # what becomes of trials of which no score is shown
 
 
 class Console:
@@ -168,9 +169,7 @@ class Console:
 
     def _counts(self) -> str:
         counted = Counter(self.status.values())
-        others = [
-            f"{counted[status]} {status}" for status in ("running", "diverged", "stopped", "failed") if counted[status]
-        ]
+        others = [f"{counted[status]} {status}" for status in ("running", *WITHOUT_SCORE) if counted[status]]
         return ", ".join([f"{counted['done']} of {self.total} done", *others])
 
     def _state(self) -> str:
@@ -222,9 +221,7 @@ class Console:
     def _view(self) -> RenderableType:
         if self.total == 1 and not (self.running or self.alive):
             return self.bar
-        marks = {
-            folder: status for folder, status in self.status.items() if status in ("diverged", "stopped", "failed")
-        }
+        marks = {folder: status for folder, status in self.status.items() if status in WITHOUT_SCORE}
         room = max(
             1, self.rich.height - 6 - (self.rich.height // 3 if self.running else 0)
         )  # beside the title, the factors, the rest, what ran and the bar
@@ -381,10 +378,9 @@ def print_results(trials: Sequence[Trial], found: Sequence[Result | None]) -> No
         if mark != "stopped":  # they are many, and nobody looks for why
             print(f"{mark}: {printable(str(folder))}")
     if stopped := [result for _, result in by_folder.values() if result and result["status"] == "stopped"]:
-        rungs = ", ".join(
-            f"{n} at epoch {at}" for at, n in sorted(Counter(r["stopped_epoch"] for r in stopped).items())
-        )
-        print(f"stopped: {counted(len(stopped), 'trial')}, {rungs}; the scores are those of the others")
+        rungs = sorted(Counter(result["stopped_epoch"] for result in stopped).items())
+        at = ", ".join(f"{n} at epoch {rung}" for rung, n in rungs)
+        print(f"stopped: {counted(len(stopped), 'trial')}, {at}; the scores are those of the others")
     for root in dict.fromkeys(folder.parent for folder in by_folder):
         command = f"delora-report {shlex.quote(str(root))}"
         print(printable(f"results in {root}; curves, tables and a page: {command}"))

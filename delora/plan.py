@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console as Rich
 from rich.table import Table
 
-from delora import storage
+from delora import halving, storage
 from delora.config import Trial
 from delora.console import duration
 from delora.fleets import FLEETS, NAME, STATE, Group, kept
@@ -258,6 +258,12 @@ def print_plan(trials: Sequence[Trial], found: Mapping[Path, Result], to_train: 
         f"{f'{others} the same training under another name, ' if others else ''}"
         f"roughly {duration(total)}{unknown}. Nothing was trained."
     )
+    shares = halving.epochs_share(trials)
+    if groups and min(shares.values()) < 1:
+        each = [(time or 0) / len(group.trials) for group, time in zip(groups, times, strict=True)]
+        halved = sum(one * sum(shares[t.folder] for t in g.trials) for one, g in zip(each, groups, strict=True))
+        several = f", {halved / 3600:.2g} instead of {total / 3600:.2g} GPU-hours" if workers else ""
+        print(f"With halving, as rungs and keep say, roughly {duration(halved)}{unknown}{several}.")
     if workers and groups:
         free = [0.0] * workers
         for seconds in times:  # longest first

@@ -706,9 +706,8 @@ def notes(found: Collection, panels: Sequence[Panel]) -> list[str]:
         where = f"{panel.facts.folder}, {panel.model}"
         if panel.stopped:
             many = f"a halving has stopped {counted(panel.stopped, 'trial')}"
-            said.append(
-                f"{where}: {many}: no robustness, sensitivity or budget; best scores, and what they cost, are those of the others"
-            )
+            lacks = "no robustness, sensitivity or budget; best scores, and what they cost, are those of the others"
+            said.append(f"{where}: {many}: {lacks}")
         said += [f"{where}: {note}" for note in _doubts([*panel.curves, *panel.heads])]
         said += [f"{where}: methods differ in {key}: {values}" for key, values in _differing(panel).items()]
     return said[: 2 * NOTES] + ([f"and {len(said) - 2 * NOTES} more notes"] if len(said) > 2 * NOTES else [])
