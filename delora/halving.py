@@ -190,13 +190,15 @@ def regroup(root: Path, known: Mapping[Path, Trial], round: Round, most: Callabl
             place = [about["scored"], about["totals"]["steps"], about["origin"]]
             pools[json.dumps([known[root / about["folders"][0]].company, *place])].append((fleet, about))
     for pool in pools.values():
-        if any(_is_mixed(about, round.ending, anew) for _, about in pool):
-            _regroup(root, known, pool, round.ending, most)
+        over = {name for _, about in pool for name in about["folders"] if _has_ended(known[root / name], round)}
+        if any(_is_mixed(about, round.ending, anew, over) for _, about in pool):
+            _regroup(root, known, pool, round.ending, over, most)
 
 
-def _is_mixed(about: Mapping[str, Any], ending: Collection[str], anew: Collection[str]) -> bool:
+def _is_mixed(about: Mapping[str, Any], ending: Collection[str], anew: Collection[str], over: Collection[str]) -> bool:
+    """Whether of a fleet's trials that have not ended, `over`, some end and others do not, or one begins anew."""
     logs = dict(zip(about["folders"], about["logs"], strict=True))
-    ends = [name in ending for name, log in logs.items() if log]
+    ends = [name in ending for name, log in logs.items() if log and name not in over]
     return (any(ends) and not all(ends)) or any(name in anew and not log for name, log in logs.items())
 
 
@@ -205,6 +207,7 @@ def _regroup(
     known: Mapping[Path, Trial],
     pool: Sequence[tuple[Path, Mapping[str, Any]]],
     ending: Collection[str],
+    over: Collection[str],
     most: Callable[[Trial], int],
 ) -> None:
     from delora.run import read_state, write_state
@@ -215,7 +218,7 @@ def _regroup(
         for fleet, about in pool
         if read(fleet / STATE)  # else it is damaged, which was told: its trials begin anew
         for row, (name, log) in enumerate(zip(about["folders"], about["logs"], strict=True))
-        if log and not _has_ended(known[root / name])
+        if log and name not in over
     }
     new: list[Group] = []
     for ends in (False, True):
@@ -239,8 +242,11 @@ def _regroup(
     recover(root)
 
 
-def _has_ended(trial: Trial) -> bool:
-    return storage.finished(trial.folder, trial.resolved(), NOT_THE_TRIAL) is not None
+def _has_ended(trial: Trial, round: Round) -> bool:
+    return (
+        trial.folder.name not in round.ending
+        and storage.finished(trial.folder, trial.resolved(), NOT_THE_TRIAL) is not None
+    )
 
 
 def stacked(
