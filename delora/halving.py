@@ -9,7 +9,9 @@ killed decides again what it had decided. Imports torch only where rows of state
 """
 
 import functools
+import hashlib
 import json
+import logging
 import statistics
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -27,6 +29,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 REGROUP = "regroup.json"
+
+logger = logging.getLogger(__name__)
 
 
 # --- Who trains on
@@ -154,7 +158,10 @@ def how_far(root: Path, known: Mapping[Path, Trial]) -> dict[str, int]:
 
 
 def _states(root: Path, known: Mapping[Path, Trial]) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The fleets of these trials that have a state, with what it says beside its tensors."""
+    """The fleets of these trials that have a state, with what it says beside its tensors.
+
+    A trial whose log is not as the state says it was has none there, as it begins anew.
+    """
     from safetensors import SafetensorError, safe_open
 
     for fleet in sorted((root / FLEETS).glob(NAME)):
@@ -164,7 +171,17 @@ def _states(root: Path, known: Mapping[Path, Trial]) -> Iterator[tuple[Path, dic
             with safe_open(fleet / STATE, "numpy") as file:
                 about = json.loads(file.metadata()["state"])
             if about["folders"] == names and all(root / name in known for name in names):
-                yield fleet, about
+                logs = zip(names, about["logs"], strict=True)
+                yield fleet, {**about, "logs": [log if _holds(root / name, log) else None for name, log in logs]}
+
+
+def _holds(folder: Path, log: storage.Extent | None) -> bool:
+    if log is None:
+        return False
+    with suppress(OSError):
+        data = storage.content(folder / storage.METRICS, storage.LOG_LIMIT)[: log["size"]]
+        return len(data) == log["size"] and hashlib.sha256(data).hexdigest() == log["sha256"]
+    return False
 
 
 # --- Fleets of those that train on
@@ -187,6 +204,10 @@ def regroup(root: Path, known: Mapping[Path, Trial], round: Round, most: Callabl
     pools: dict[str, list[tuple[Path, dict[str, Any]]]] = defaultdict(list)
     for fleet, about in _states(root, known):
         if fleets.holder(fleet) is None:
+            for name, log in zip(about["folders"], about["logs"], strict=True):
+                if name in anew and not log:
+                    told = "is not as the last checkpoint left it; the trial begins anew"
+                    logger.warning("%s %s", root / name / storage.METRICS, told)
             place = [about["scored"], about["totals"]["steps"], about["origin"]]
             pools[json.dumps([known[root / about["folders"][0]].company, *place])].append((fleet, about))
     for pool in pools.values():
