@@ -29,6 +29,7 @@ FAILED, DIVERGED, INTERRUPTED = 1, 3, 130
 # Parts of the config's files that are no keys to be changed: names, how reports show a method, and Hydra's own.
 NOT_TO_CHANGE = ("_target_", "defaults", "hydra", "place", "rung", "styles", "title")
 LOWEST = -1.0  # of all headline scores: a sweeper that looks for the best stays away from trials that diverge
+STOPPED = -2.0  # in the place of a score, of a trial that a halving has stopped
 
 HELP = """\
 delora-run [GROUP=OPTION ...] [KEY=VALUE ...]     trains a parameter-efficient finetuning method on a task
@@ -287,7 +288,8 @@ def train(trials: "Sequence[Trial]", sweep: bool = True, shows: bool = True) -> 
         shows: whether results are printed.
 
     Returns:
-        The headline score on validation of each, `LOWEST` where it diverged, None where it failed.
+        The headline score on validation of each, `LOWEST` where it diverged, `STOPPED` where a halving ended
+        it, None where it failed.
 
     Raises:
         UserError: something that they need is not on this machine, or cannot be used.
@@ -340,6 +342,8 @@ class ToStandardError(logging.StreamHandler):
 def _headline(result: "Result | None") -> float | None:
     if result is None:
         return None
+    if result["status"] == "stopped":
+        return STOPPED
     best = result["best"] if result["status"] == "done" else None
     score = best["validation"][result["headline"]] if best else None
     return LOWEST if score is None else score

@@ -32,7 +32,7 @@ ROWS = ("data.train", "data.validation", "data.test")  # where one's own rows ar
 NOT_THE_TRIAL = (
     *("name", "sweep", "output_dir", "logger", "device", "compile", "log_every", "data.dir", "method.start"),
     *ROWS,
-    *("fleet", "search", "on_error", "resume", "plan", "engine", "detach"),
+    *("fleet", "halving", "search", "on_error", "resume", "plan", "engine", "detach"),
 )
 # Keys that are there for `Trial.rate` and `Trial.lambda_rate`, or for values that follow from them.
 RATES = ("lr", "lr_factor", "lr_factor_on", "method.base_lr", "method.weight_decay", "method.lambda_lr")
@@ -355,6 +355,18 @@ def _each_once(seeds: tuple[int, ...]) -> tuple[int, ...]:
     return seeds
 
 
+def _one_rung(value: Any) -> Any:
+    return (value,) if isinstance(value, int) else value
+
+
+class HalvingConfig(Section):
+    """After which epochs (`rungs`) what share of a sweep's configs trains on, see delora/halving.py."""
+
+    rungs: Annotated[tuple[Epochs, ...], BeforeValidator(_one_rung), Field(strict=False, min_length=1)] | None
+    keep: Annotated[Number, Field(gt=0, lt=1)]
+    by: Literal["method", "none"]
+
+
 class SearchConfig(Section):
     """What `hydra/sweeper=search` does; `over` are the keys that it varies, which it says itself."""
 
@@ -389,6 +401,7 @@ class Trial(Section):
     resume: Literal["auto", "force"]
     on_error: Literal["continue", "stop", "retry"]
     fleet: FleetConfig
+    halving: HalvingConfig | None = None  # stored configs of earlier versions have none
     search: SearchConfig | None = None  # stored configs of earlier versions have none
     task: TaskConfig
     method: MethodConfig
@@ -473,7 +486,7 @@ class Trial(Section):
     def model_copy(self, **options: Any) -> Self:
         """As pydantic's, without what was computed from the values."""
         copied = super().model_copy(**options)
-        for name in ("id", "training", "company"):
+        for name in ("id", "training", "setting", "company"):
             copied.__dict__.pop(name, None)
         return copied
 
@@ -502,6 +515,11 @@ class Trial(Section):
         """
         config = self._without((*NOT_THE_TRIAL, *RATES))
         return _digest({**config, "rates": [self.rate, self.lambda_rate]})
+
+    @functools.cached_property
+    def setting(self) -> str:
+        """What the trials of one config have in common, that differ in the seed alone."""
+        return self.changed({"seed": 0}).training
 
     @functools.cached_property
     def company(self) -> str:
@@ -541,6 +559,7 @@ def _misfits(value: _Valid) -> list[Fault]:
     if accumulation and batch_size and accumulation > batch_size:
         message = f"a batch of {batch_size} cannot be cut into {accumulation} parts"
         faults.append(Fault("accumulation", accumulation, message))
+    faults += _halving_misfits(value)
     if value("lr_factor_on") == "lambda" and value("method") is not None and value("method.lambda_lr") is None:
         message = f"method={value('method.name')} has no λ with a rate of its own"
         faults.append(Fault("lr_factor_on", "lambda", message))
@@ -567,6 +586,18 @@ def _misfits(value: _Valid) -> list[Fault]:
         message = f"above {positions}, the longest input of model={model.name}"
         faults.append(Fault("max_length", max_length, message))
     return faults + (_shape_misfits(value, shape, f"model={model.name}") if shape else [])
+
+
+def _halving_misfits(value: _Valid) -> list[Fault]:
+    rungs, epochs = value("halving.rungs") or (), value("epochs")
+    rungs = (rungs,) if isinstance(rungs, int) else tuple(rungs)
+    if list(rungs) != sorted(set(rungs)):
+        return [Fault("halving.rungs", rungs, "expected epochs that rise, such as [1,3]")]
+    if rungs and epochs and rungs[-1] >= epochs:
+        return [Fault("halving.rungs", rungs, f"each below epochs={epochs}, which is the last rung")]
+    if rungs and value("detach"):
+        return [Fault("detach", True, "halving needs the command to stay: it decides between rungs who trains on")]
+    return []
 
 
 def _task_misfits(value: _Valid) -> list[Fault]:

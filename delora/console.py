@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from delora.train import Score
 
 SECONDS_BETWEEN_LINES = 10.0
+WITHOUT_SCORE = ("diverged", "stopped", "failed")  # what becomes of trials of which no score is shown
 
 
 class Console:
@@ -40,7 +41,7 @@ class Console:
         self.rows = Rows(trials)
         self.headlines = " or ".join(dict.fromkeys(trial.task.facts.headline for trial in trials))
         self.total, self.already = len(trials), len(found)
-        self.status: dict[Path, str] = {}  # done, running, diverged or failed
+        self.status: dict[Path, str] = {}  # done, running, diverged, stopped or failed
         self.best: dict[Path, float] = {}
         for folder, result in found.items():
             self._ended(folder, result)
@@ -169,7 +170,7 @@ class Console:
 
     def _counts(self) -> str:
         counted = Counter(self.status.values())
-        others = [f"{counted[status]} {status}" for status in ("running", "diverged", "failed") if counted[status]]
+        others = [f"{counted[status]} {status}" for status in ("running", *WITHOUT_SCORE) if counted[status]]
         return ", ".join([f"{counted['done']} of {self.total} done", *others])
 
     def _state(self) -> str:
@@ -221,7 +222,7 @@ class Console:
     def _view(self) -> RenderableType:
         if self.total == 1 and not (self.running or self.alive):
             return self.bar
-        marks = {folder: status for folder, status in self.status.items() if status in ("diverged", "failed")}
+        marks = {folder: status for folder, status in self.status.items() if status in WITHOUT_SCORE}
         room = max(
             1, self.rich.height - 6 - (self.rich.height // 3 if self.running else 0)
         )  # beside the title, the factors, the rest, what ran and the bar
@@ -229,7 +230,7 @@ class Console:
         table = self.rows.table(self.best, marks, room=room, now=self.fleet)
         wide = self.rich.options.update(max_width=10_000)
         if self.rich.measure(table, options=wide).maximum > self.rich.width:
-            title = f"best {self.headlines} in %, by factor on the base rate; ×: diverged or failed"
+            title = f"best {self.headlines} in %, by factor on the base rate; ×: diverged, stopped or failed"
             table = self.rows.table(self.best, marks, room=room, now=self.fleet, short=True)
         hidden = len(set(self.rows.labels)) - table.row_count
         rest = [f"and {counted(hidden, 'more row')}"] if hidden else []
@@ -375,7 +376,12 @@ def print_results(trials: Sequence[Trial], found: Sequence[Result | None]) -> No
     print(f"{' or '.join(titles) or 'no scores'} ({about}), by factor on the method's base rate")
     rich.print(Rows([trial for trial, _ in by_folder.values()]).table(scores, marks))
     for folder, mark in marks.items():
-        print(f"{mark}: {printable(str(folder))}")
+        if mark != "stopped":  # they are many, and nobody looks for why
+            print(f"{mark}: {printable(str(folder))}")
+    if stopped := [result for _, result in by_folder.values() if result and result["status"] == "stopped"]:
+        rungs = sorted(Counter(result["stopped_epoch"] for result in stopped).items())
+        at = ", ".join(f"{n} at epoch {rung}" for rung, n in rungs)
+        print(f"stopped: {counted(len(stopped), 'trial')}, {at}; the scores are those of the others")
     for root in dict.fromkeys(folder.parent for folder in by_folder):
         command = f"delora-report {shlex.quote(str(root))}"
         print(printable(f"results in {root}; curves, tables and a page: {command}"))

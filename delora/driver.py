@@ -12,6 +12,7 @@ from delora.console import Console
 from delora.engines.base import ENDED, RUNNING, Engine, WorkerState
 from delora.errors import UserError
 from delora.fleets import FLEETS, NAME, Holder
+from delora.halving import Round
 from delora.interrupts import Stop
 from delora.storage import Result
 from delora.terminal import counted
@@ -50,6 +51,7 @@ class Driver:
         trained: those to train.
         found, failures: of the sweep; what becomes of the trials is added.
         workers: how many.
+        round: of a halving: what is to be trained now; fleets that pause at its rung are over for this driver.
     """
 
     def __init__(
@@ -61,9 +63,10 @@ class Driver:
         failures: dict[Path, Exception],
         console: Console,
         workers: int,
+        round: Round | None = None,
     ):
         self.engine, self.trials, self.trained, self.workers = engine, trials, trained, workers
-        self.found, self.failures, self.console = found, failures, console
+        self.found, self.failures, self.console, self.round = found, failures, console, round
         [self.root] = {trial.folder.parent for trial in trained}  # one command, one sweep
         self.origins: dict[str, str | None] = {}
         self.names: dict[str, list[str]] = {}  # the trials of fleets that were seen
@@ -90,7 +93,7 @@ class Driver:
             *wanted.values(),
             *(self.trials[self.root / name] for name in measured if self.root / name not in wanted),
         ]
-        self.command = Command.post(self.root, some, self.trained, measured, self.workers, detached)
+        self.command = Command.post(self.root, some, self.trained, measured, self.workers, detached, self.round)
         try:
             self.engine.start(self.root, self.workers, detached)
         except UserError:

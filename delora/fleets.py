@@ -3,6 +3,7 @@
     <sweep>/.fleets/<fleet>/trials.json        the folders of its trials
                             configs.json       their configs, for workers that know no command line
                             state.safetensors  how far training is
+                            paused             it is at the rung that it was to train to, see delora/halving.py
                             .claim-0001        who trains it, or did; rewritten as long as it is trained
                             .failed            it failed on two workers, and is not tried again by this command
     <sweep>/.fleets/failed/<trial>.json        why a trial failed on workers
@@ -24,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -34,7 +35,7 @@ from delora.errors import UserError
 from delora.storage import ResultsError
 
 FLEETS, TRIALS, CONFIGS, STATE, CLAIM = ".fleets", "trials.json", "configs.json", "state.safetensors", ".claim-"
-FAILED, LOGS, OVER, SUMMARY = "failed", "logs", ".failed", "summary"
+FAILED, LOGS, OVER, SUMMARY, PAUSED = "failed", "logs", ".failed", "summary", "paused"
 NAME, GONE = "[0-9a-f]" * 16, ".gone-"
 SECONDS_BETWEEN_SIGNS = 10.0  # of life, of a process that trains a fleet
 SECONDS_TO_LOSS = 90.0  # without such a sign: file systems may show a change after a minute
@@ -44,9 +45,16 @@ SECONDS_TO_LOSS = 90.0  # without such a sign: file systems may show a change af
 
 @dataclass(frozen=True)
 class Group:
-    """Trials that train together."""
+    """Trials that train together.
+
+    Attributes:
+        until: the epoch after which they pause, their rung of a halving; None: they train to their end.
+        stop: they end there.
+    """
 
     trials: tuple[Trial, ...]
+    until: int | None = None
+    stop: bool = False
 
     @property
     def folder(self) -> Path:
@@ -57,7 +65,7 @@ class Group:
         return self.folder / STATE
 
     def keep(self, of: str | None = None, configs: bool = False) -> None:
-        """Writes down which trials train together.
+        """Writes down which trials train together, from where they have paused on.
 
         Args:
             of: the fleet that a command knows of which this one is a part.
@@ -67,13 +75,18 @@ class Group:
         for attempt in range(5):
             try:
                 if configs:
-                    data = {"of": of, "trials": packed(self.trials)}
+                    data = {"of": of, "until": self.until, "stop": self.stop, "trials": packed(self.trials)}
                     storage.replace(self.folder / CONFIGS, json.dumps(data).encode(), self.trials[0].root)
                 storage.replace(self.folder / TRIALS, json.dumps(names).encode(), self.trials[0].root)
+                (self.folder / PAUSED).unlink(missing_ok=True)
                 return
             except ResultsError:  # another process may remove the folder just then, as its last fleet ended
                 if attempt == 4:
                     raise
+
+    def pause(self) -> None:
+        """Tells that the state is that of `until`."""
+        storage.replace(self.folder / PAUSED, b"", self.trials[0].root)
 
     def forget(self) -> None:
         forget(self.folder)
@@ -88,7 +101,7 @@ class Group:
         from delora.run import read_state, write_state
 
         middle = (len(self.trials) + 1) // 2
-        first, second = Group(self.trials[:middle]), Group(self.trials[middle:])
+        first, second = replace(self, trials=self.trials[:middle]), replace(self, trials=self.trials[middle:])
         stored, of = read_state(self.state), self.known_as
         for half, rows in ((first, slice(None, middle)), (second, slice(middle, None))):
             half.keep(of, configs=of is not None)
@@ -137,9 +150,10 @@ def of_workers(fleet: Path) -> Group | None:
     """
     try:
         names = kept(fleet)
-        trials = unpacked(json.loads(storage.content(fleet / CONFIGS))["trials"], fleet.parent.parent)
+        about = json.loads(storage.content(fleet / CONFIGS))
+        trials = unpacked(about["trials"], fleet.parent.parent)
         if [trial.folder.name for trial in trials] == names:
-            return Group(tuple(trials))
+            return Group(tuple(trials), about["until"], about["stop"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError, KeyError, IndexError, RecursionError):
@@ -279,8 +293,8 @@ def failures(fleet: Path) -> list[Holder]:
 
 
 def is_over(fleet: Path) -> bool:
-    """Whether a fleet has failed, and is not tried again."""
-    return os.path.lexists(fleet / OVER)
+    """Whether a fleet has paused, or has failed, and is not tried again."""
+    return os.path.lexists(fleet / PAUSED) or os.path.lexists(fleet / OVER)
 
 
 def give_up(fleet: Path, failed: Sequence[Holder], root: Path) -> None:

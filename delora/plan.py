@@ -4,7 +4,7 @@ import functools
 import gc
 import heapq
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console as Rich
 from rich.table import Table
 
-from delora import storage
+from delora import halving, storage
 from delora.config import Trial
 from delora.console import duration
 from delora.fleets import FLEETS, NAME, STATE, Group, kept
@@ -62,7 +62,13 @@ def import_torch() -> None:
         gc.enable()
 
 
-def plan(missing: Sequence[Trial], known: Mapping[Path, Trial], largest: Callable[[Trial], int] | None = None):
+def plan(
+    missing: Sequence[Trial],
+    known: Mapping[Path, Trial],
+    largest: Callable[[Trial], int] | None = None,
+    until: int | None = None,
+    ending: Mapping[str, int] | None = None,
+) -> list[Group]:
     """Which trials train together: those of an interrupted fleet again, the others by what they have in common.
 
     Args:
@@ -70,8 +76,10 @@ def plan(missing: Sequence[Trial], known: Mapping[Path, Trial], largest: Callabl
         known: all trials of the command by folder; the finished ones of an interrupted fleet train again with it,
             unrecorded, so that the others' numbers stay those of an undisturbed run.
         largest: how many trials like this one train together at most; by default as many as fit into the memory here.
+        until, ending: of `halving.Round`.
     """
     left = {trial.folder: trial for trial in missing}
+    ending = ending or {}
     groups = []
     for root in {folder.parent: None for folder in left}:
         for fleet in sorted((root / FLEETS).glob(NAME)):
@@ -82,21 +90,30 @@ def plan(missing: Sequence[Trial], known: Mapping[Path, Trial], largest: Callabl
             begun = (fleet / STATE).exists()
             whole = all(folder in (known if begun else left) for folder in folders)
             if whole and any(folder in left for folder in folders):
+                ends = {folder.name in ending for folder in folders if folder in left}
+                if len(ends) > 1:  # another process has it, which is about to make others of it
+                    left = {folder: trial for folder, trial in left.items() if folder not in folders}
+                    continue
                 groups.append(Group(tuple(known[folder] for folder in folders)))
                 for folder in folders:
                     left.pop(folder, None)
-    from delora.methods.base import find
-
-    companies: dict[str, list[Trial]] = {}
-    for trial in left.values():
-        companies.setdefault(trial.company, []).append(trial)
+    companies: dict[tuple[str, int | None], list[Trial]] = {}
+    for folder, trial in left.items():
+        companies.setdefault((trial.company, ending.get(folder.name)), []).append(trial)
     for company in companies.values():
-        alone = find(company[0].method.target).alone
-        most = 1 if alone else company[0].fleet.size or (largest or largest_here)(company[0])
+        most = most_of(company[0], largest)
         count = -(-len(company) // most)
         borders = [len(company) * i // count for i in range(count + 1)]
         groups += [Group(tuple(company[i:j])) for i, j in pairwise(borders)]
-    return groups
+    rungs = [max((ending.get(trial.folder.name, 0) for trial in group.trials), default=0) for group in groups]
+    return [replace(g, until=rung or until, stop=rung > 0) for g, rung in zip(groups, rungs, strict=True)]
+
+
+def most_of(trial: Trial, largest: Callable[[Trial], int] | None = None) -> int:
+    """How many trials like this one train together at most; `largest` as of `plan`."""
+    from delora.methods.base import find
+
+    return 1 if find(trial.method.target).alone else trial.fleet.size or (largest or largest_here)(trial)
 
 
 def largest_here(trial: Trial, share: float = 1.0, memory: float | None = None) -> int:
@@ -162,7 +179,7 @@ def share_out(groups: Sequence[Group], each: Sequence[float | None], workers: in
         trials = largest.group.trials
         moved = round((max(ends) - min(ends)) / 2 / largest.each) if largest.each else 1  # to who would end first
         border = len(trials) - max(1, min(len(trials) // 2, moved))
-        parts = [Work(Group(part), largest.each) for part in (trials[:border], trials[border:])]
+        parts = [Work(replace(largest.group, trials=p), largest.each) for p in (trials[:border], trials[border:])]
         works = [*(work for work in works if work is not largest), *parts]
         if max(_ends(works, workers)) < longest:
             best, longest = works, max(_ends(works, workers))
@@ -241,6 +258,12 @@ def print_plan(trials: Sequence[Trial], found: Mapping[Path, Result], to_train: 
         f"{f'{others} the same training under another name, ' if others else ''}"
         f"roughly {duration(total)}{unknown}. Nothing was trained."
     )
+    shares = halving.epochs_share(trials)
+    if groups and min(shares.values()) < 1:
+        each = [(time or 0) / len(group.trials) for group, time in zip(groups, times, strict=True)]
+        halved = sum(one * sum(shares[t.folder] for t in g.trials) for one, g in zip(each, groups, strict=True))
+        several = f", {halved / 3600:.2g} instead of {total / 3600:.2g} GPU-hours" if workers else ""
+        print(f"With halving, as rungs and keep say, roughly {duration(halved)}{unknown}{several}.")
     if workers and groups:
         free = [0.0] * workers
         for seconds in times:  # longest first

@@ -58,6 +58,8 @@ def run_fleet(
     tracking: Tracking,
     check: Callable[[], None] = lambda: None,
     inputs: "Inputs | None" = None,
+    until: int | None = None,
+    stop_there: bool = False,
 ) -> tuple[dict[int, Result], dict[int, ResultsError]]:
     """Trains trials together, going on from the state on disk if there is one, and writes their folders.
 
@@ -67,6 +69,7 @@ def run_fleet(
         state: the file of the fleet's state, safetensors; deleted when all is written.
         check: called before anything is written; raises where the fleet is no longer this process's.
         inputs: the hashes that data and weights have to have.
+        until, stop_there: as `until` and `stop` of `train`; a fleet that pauses has no results, and keeps its state.
 
     Returns:
         Results by index, and why a trial has none: its folder could not be written.
@@ -110,19 +113,22 @@ def run_fleet(
     origin |= {"start": start["sha256"]} if start else {}
     with Stop() as stop:
         recorder = Recorder(trials, folders, console, tracking, check)
-        checkpoint = StateFile(state, trials, origin, config.fleet.checkpoint_seconds, stop, recorder.sync)
+        checkpoint = StateFile(state, trials, origin, config.fleet.checkpoint_seconds, stop, recorder.sync, started)
         if not recorder.begin(checkpoint.logs):
             checkpoint.delete()
             recorder.begin(None)
         data = for_trials(dataset.task, tensors, trials)
-        console.begin(trials, task.headline, -(-len(data.train) // config.batch_size) * config.epochs)
-        outcomes, totals = train(fleet, data, recorder, checkpoint)
+        console.begin(trials, task.headline, -(-len(data.train) // config.batch_size) * (until or config.epochs))
+        outcomes, totals = train(fleet, data, recorder, checkpoint, until, stop_there)
+        if any(outcome.status == "running" for outcome in outcomes):
+            return {}, recorder.errors
         found = {}
         sha256 = {split: row_sha256(rows) for split, rows in dataset.splits.items() if split != "train"}
         for k, outcome in enumerate(outcomes):
             name_rows(outcome.predictions, k, data, sha256)
             if recorder.folders[k] is not None:
-                result = _result(trials[k], outcome, totals, fleet, made_by, time.perf_counter() - started)
+                seconds = totals.total_seconds + time.perf_counter() - started
+                result = _result(trials[k], outcome, totals, fleet, made_by, seconds)
                 if recorder.finish(k, outcome, result):
                     found[k] = result
         checkpoint.delete()
@@ -298,6 +304,7 @@ class StateFile:
         origin: what must be the same for training to go on.
         seconds: between two writes.
         sync: has the trials' logs on disk and tells how far they are.
+        started: when this process began with the fleet, by `time.perf_counter`.
 
     Raises:
         UserError: the file was made with another `origin`.
@@ -311,8 +318,10 @@ class StateFile:
         seconds: float,
         stop: Stop,
         sync: Callable[[], list[Extent | None]],
+        started: float,
     ):
         self.path, self.root, self.seconds, self.stop, self.sync = path, trials[0].root, seconds, stop, sync
+        self.started = started
         self.about: dict[str, Any] = {
             "trials": [trial.id for trial in trials],
             "folders": [trial.folder.name for trial in trials],
@@ -340,14 +349,21 @@ class StateFile:
     def offer(self, state: State) -> None:
         if self.stop.number is None and time.monotonic() - self.last < self.seconds:
             return
-        tensors, plain = state.pack()
         logs = self.sync()
         try:
-            write_state(self.path, self.root, tensors, {**self.about, **plain, "logs": logs})
+            self._write(state, logs)
         except ResultsError as error:
             logger.warning("no checkpoint: %s", error)
         self.last = time.monotonic()
         self.stop.check()
+
+    def save(self, state: State) -> None:
+        self._write(state, self.sync())
+
+    def _write(self, state: State, logs: list[Extent | None]) -> None:
+        tensors, plain = state.pack()
+        plain["totals"]["total_seconds"] += time.perf_counter() - self.started
+        write_state(self.path, self.root, tensors, {**self.about, **plain, "logs": logs})
 
     def delete(self) -> None:
         self.path.unlink(missing_ok=True)
@@ -527,6 +543,8 @@ def _result(
         "fleet_size": len(fleet.trials),
         "made_by": made_by,
     }
+    if outcome.status == "stopped" and outcome.last:
+        result["stopped_epoch"] = outcome.last.epoch
     return cast(Result, result)  # checked when it is written
 
 

@@ -3,9 +3,9 @@
     <sweep>/.search/journal.log     its history, Optuna's journal of a study: the space, configs asked, scores told
 
 A config is asked for once. What is told is the mean over its seeds of the headline score on validation; of a config of
-which a seed diverged that it is pruned, of which one failed that it failed, and no score. A search that was killed goes
-on with the configs that it had asked for, and asks for those that an undisturbed one would have asked for. Imports
-neither torch nor, before there is a space, Optuna.
+which a seed diverged, or which the halving of its batch has stopped, that it is pruned, of which one failed that it
+failed, and no score. A search that was killed goes on with the configs that it had asked for, and asks for those that
+an undisturbed one would have asked for. Imports neither torch nor, before there is a space, Optuna.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from delora import storage
-from delora.cli import LOWEST
+from delora.cli import LOWEST, STOPPED
 from delora.config import NOT_THE_TRIAL, Trial, show
 from delora.errors import UserError
 from delora.terminal import counted, printable
@@ -41,7 +41,7 @@ FOLDER, JOURNAL = ".search", "journal.log"
 STUDY = "search"
 ATTEMPTS = 100  # at a config that was not tried yet, before one of a finite space is taken in order
 NEEDED = 'hydra/sweeper=search needs Optuna: pip install "delora[search]"'
-Status = Literal["done", "diverged", "failed", "asked"]
+Status = Literal["done", "diverged", "stopped", "failed", "asked"]
 
 
 # --- The space, as the command's words give it
@@ -368,7 +368,8 @@ class Search:
     def _train(self, batch: "Sequence[optuna.trial.FrozenTrial]") -> None:
         optuna, n = _optuna(), len(self.seeds)
         scores = self.launch([job for trial in batch for job in self._jobs(trial.params)])
-        states = {"diverged": optuna.trial.TrialState.PRUNED, "failed": optuna.trial.TrialState.FAIL}
+        pruned, failed = optuna.trial.TrialState.PRUNED, optuna.trial.TrialState.FAIL
+        states = {"diverged": pruned, "stopped": pruned, "failed": failed}
         for i, trial in enumerate(batch):
             status, score, told = outcome(scores[i * n : (i + 1) * n])
             asked = optuna.trial.Trial(self.study, trial._trial_id)
@@ -396,6 +397,8 @@ def outcome(scores: Sequence[float | None]) -> tuple[Status, float | None, list[
     told = [None if score is None or score <= LOWEST else score for score in scores]
     if any(score is None for score in scores):
         return "failed", None, told
+    if STOPPED in scores:
+        return ("diverged" if LOWEST in scores else "stopped"), None, told
     if any(score is None for score in told):
         return "diverged", None, told
     return "done", statistics.fmean(score for score in told if score is not None), told

@@ -6,7 +6,8 @@ hands them out needs none.
     <sweep>/<trial>/    a trial's folder, see delora/storage/
     <sweep>/.fleets/    which trials train together, how far they are and who trains them, see delora/fleets.py
 
-A fleet that was interrupted goes on with the same trials, so that its numbers are those of an undisturbed run.
+A fleet that was interrupted goes on with the same trials, so that its numbers are those of an undisturbed run. With
+halving, delora/halving.py says from what is on disk which trials train next, to which epoch, and which end.
 """
 
 import json
@@ -17,17 +18,32 @@ from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from delora import engines, storage
+from delora import engines, halving, storage
 from delora.config import NOT_THE_TRIAL, Trial
 from delora.console import Console
 from delora.driver import Driver
 from delora.engines import Engine
 from delora.errors import UserError
-from delora.fleets import FLEETS, NAME, STATE, SUMMARY, TRIALS, fleet_name, forget, forget_gone, forget_logs, kept, tidy
-from delora.plan import get_ready, plan
+from delora.fleets import (
+    FLEETS,
+    NAME,
+    STATE,
+    SUMMARY,
+    TRIALS,
+    Claim,
+    fleet_name,
+    forget,
+    forget_gone,
+    forget_logs,
+    kept,
+    tidy,
+)
+from delora.halving import Round
+from delora.plan import get_ready, most_of, plan
 from delora.plan import print_plan as print_fleets
 from delora.recording import stand_for
 from delora.storage import ConfigChanged, InUse, Result, ResultsError
+from delora.terminal import counted
 from delora.tracking import Tracking
 from delora.worker import SECONDS_BETWEEN_LOOKS, Trainer, finished, forget_commands, open_folder
 
@@ -94,6 +110,27 @@ class Sweep:
                 return twin
         return next(twin for twin in twins if twin.folder not in self.found and twin.folder not in self.failures)
 
+    def next_round(self, missing: Iterable[Trial]) -> Round:
+        """What is to be trained now: all that is missing to its end, or what the halving says."""
+        trained = self.to_train(missing)
+        if not trained or not self.halves:
+            return Round(None, trained)
+        compared = [t for twins in self.twins.values() if (t := self._compared(twins))]
+        reached: dict[str, int] = {}
+        for root in {trial.folder.parent: None for trial in trained}:
+            reached |= halving.how_far(root, self.trials)
+        return halving.next_round(compared, self.found, self.failures, reached)
+
+    def _compared(self, twins: Sequence[Trial]) -> Trial | None:
+        """Which of the trials with one training a halving counts."""
+        ended = (twin for twin in twins if twin.folder in self.found)
+        return next(ended, None) or next((twin for twin in twins if twin.folder not in self.failures), None)
+
+    @property
+    def halves(self) -> bool:
+        settings = next(iter(self.trials.values())).halving
+        return settings is not None and settings.rungs is not None
+
     def run(self) -> list[Result | None]:
         new = list(self._new_folders())
         try:
@@ -123,19 +160,24 @@ class Sweep:
                 self.console.doing("loading PyTorch")
                 get_ready(missing)
             self._tidy()
+            if stopped := sum(map(_was_stopped, missing)):
+                begin = counted(stopped, "trial")
+                self.console.say(f"{begin} that another halving had stopped: trained anew, as no state is left of them")
             if tracking.enabled:
                 for mark in owed:
                     storage.replace(mark, b"", config.root)
             while missing:
-                trained = self.to_train(missing)
+                round = self.next_round(missing)
+                self._tell(round)
+                trained = [*round.train, *(t for t in missing if t.folder.name in round.ending)]
                 if workers:
-                    driver = self._driver(engine, trained, min(workers, len(trained)))
+                    driver = self._driver(engine, trained, min(workers, len(trained)), round)
                     driver.hand_out(config.detach)
                     if config.detach:
                         return [self.found.get(folder) for folder in self.order]
                     driver.watch()
                 else:
-                    self._train(trained)
+                    self._train(trained, round)
                 before, known = len(missing), set(self.found)
                 missing = self.missing()
                 for folder in self.found.keys() - known:  # another process has finished them
@@ -143,7 +185,7 @@ class Sweep:
                 for trial in missing:
                     self._stand_for(self._trained_as(trial), trial)
                 missing = self.missing()
-                if len(missing) == before:
+                if len(missing) == before and (not self.halves or self.next_round(missing) == round):
                     time.sleep(SECONDS_BETWEEN_LOOKS)  # another process has them
             if owed:
                 self._summarise(Path(pictures))
@@ -155,13 +197,28 @@ class Sweep:
             raise next(iter(self.failures.values()))
         return [self.found.get(folder) for folder in self.order]
 
-    def _driver(self, engine: Engine, trained: Sequence[Trial], workers: int) -> Driver:
-        return Driver(engine, self.trials, trained, self.found, self.failures, self.console, workers)
+    def _driver(self, engine: Engine, trained: Sequence[Trial], workers: int, round: Round) -> Driver:
+        halves = round if self.halves else None
+        return Driver(engine, self.trials, trained, self.found, self.failures, self.console, workers, halves)
 
-    def _train(self, trials: Sequence[Trial]) -> None:
+    def _tell(self, round: Round) -> None:
+        """Says what the halving has decided."""
+        if self.halves:
+            goal = f"to epoch {round.until}" if round.until else "to their end"
+            ends = f", {counted(len(round.ending), 'trial')} end" if round.ending else ""
+            self.console.say(f"halving: {counted(len(round.train), 'trial')} train {goal}{ends}", once=True)
+
+    def _train(self, trials: Sequence[Trial], round: Round) -> None:
         """Trains them in this process."""
         self.console.doing("reading data")
-        groups = plan(trials, self.trials)
+        for root in {trial.folder.parent: None for trial in trials if self.halves}:
+            if (root / FLEETS).is_dir():
+                claim = Claim.take(root / FLEETS, root, lambda: {"doing": "planning"})
+                if claim is None:
+                    return  # another process does so
+                with claim:
+                    halving.regroup(root, self.trials, round, most_of)
+        groups = plan(trials, self.trials, until=round.until, ending=round.ending)
         try:
             for group in groups:
                 group.keep()
@@ -188,6 +245,9 @@ class Sweep:
         for root in {folder.parent: None for folder in self.trials}:
             if (root / FLEETS).is_symlink():
                 continue  # nothing is kept there: it is refused
+            if (root / FLEETS / halving.REGROUP).exists() and (claim := Claim.take(root / FLEETS, root)):
+                with claim:
+                    halving.recover(root)
             for fleet in sorted((root / FLEETS).glob(NAME)):
                 try:
                     names = kept(fleet)
@@ -260,6 +320,15 @@ class Sweep:
             pass  # another process ends it just now
         except UserError as error:
             self.trainer.fail(trial, error)
+
+
+def _was_stopped(trial: Trial) -> bool:
+    if not (trial.folder / storage.RESULT).exists():
+        return False
+    try:
+        return storage.read(trial.folder).result["status"] == "stopped"
+    except ResultsError:
+        return False
 
 
 def _refuse_changes(trials: Iterable[Trial]) -> None:

@@ -75,6 +75,7 @@ class Totals:
     evaluate_seconds: float = 0.0
     real_tokens: int = 0
     computed_tokens: int = 0
+    total_seconds: float = 0.0  # of processes that ended before this one
 
 
 @dataclass
@@ -141,6 +142,9 @@ class Checkpoints(Protocol):
     def offer(self, state: State) -> None:
         """Called after every step and evaluation; saves the state when it is time to."""
 
+    def save(self, state: State) -> None:
+        """Saves the state, by which training that pauses goes on."""
+
 
 class Report(Protocol):
     """Who listens to the loop. Losses and rates are lists of length K, None for a trial that no longer runs."""
@@ -153,9 +157,19 @@ class Report(Protocol):
 
 
 def train(
-    fleet: Fleet, data: Data, report: Report, checkpoints: Checkpoints | None = None
+    fleet: Fleet,
+    data: Data,
+    report: Report,
+    checkpoints: Checkpoints | None = None,
+    until: int | None = None,
+    stop: bool = False,
 ) -> tuple[list[Outcome], Totals]:
     """Trains the fleet's trials and scores them; the fleet ends with each trial's best values.
+
+    Args:
+        until: the epoch after which it pauses, with the state saved, from where a later call goes on: trials are left
+            with the status "running", and without adapter and test scores. A fleet of which no trial is alive ends.
+        stop: the trials end at `until`.
 
     Raises:
         RuntimeError: a frozen weight changed.
@@ -176,7 +190,7 @@ def train(
     if state.scored < 0:
         _evaluate(fleet, data, state, report, compute)
     fleet.train()
-    for epoch in range(state.scored, config.epochs):
+    for epoch in range(state.scored, config.epochs if until is None else until):
         start = time.perf_counter()
         batches = epoch_order(seeds, epoch, rows).split(config.batch_size, dim=1)
         for index_KB in batches[state.totals.steps - epoch * steps_per_epoch :]:
@@ -192,9 +206,12 @@ def train(
         if not optimizer.alive_K.any():
             break
 
-    _score_final(fleet, data, state)
     if fleet.checksum() != frozen:
         raise RuntimeError("a frozen weight of the encoder changed during training")
+    if checkpoints and until is not None and not stop and optimizer.alive_K.any():
+        checkpoints.save(state)
+    else:
+        _score_final(fleet, data, state)
     return state.outcomes, state.totals
 
 
@@ -441,6 +458,6 @@ def _score_final(fleet: Fleet, data: Data, state: State) -> None:
             (best[k].test or best[k].validation)[MISMATCHED] = accuracy
     for k, outcome in enumerate(outcomes):
         if outcome.status == "running":
-            outcome.status = "done"
+            outcome.status = "done" if state.scored == fleet.trials[0].epochs else "stopped"
         if outcome.best is not None:
             outcome.adapter = fleet.trial_state(k)

@@ -29,8 +29,9 @@ from delora.config import NOT_THE_TRIAL, Trial
 from delora.console import Console
 from delora.errors import UserError
 from delora.fleets import FLEETS, Claim, Group, Lost
+from delora.halving import Round, recover, regroup
 from delora.interrupts import Stop
-from delora.plan import get_ready, largest_here, plan, seconds_of, share_out
+from delora.plan import get_ready, largest_here, most_of, plan, seconds_of, share_out
 from delora.storage import ConfigChanged, InUse, Result, ResultsError, TrialFolder
 from delora.tracking import Tracking
 
@@ -127,7 +128,8 @@ class Trainer:
             over: tuple[dict[int, Result], dict[int, ResultsError]] | None = None
             try:
                 over = run_fleet(
-                    group.trials, folders, group.state, self.console, self.tracking, claim.check, self.inputs
+                    *(group.trials, folders, group.state, self.console, self.tracking, claim.check, self.inputs),
+                    *(group.until, group.stop),
                 )
             except (ResultsError, Lost):
                 raise
@@ -151,7 +153,7 @@ class Trainer:
             why = "do not fit into memory" if too_large else f"failed ({told.splitlines()[0]})"
             self.console.say(f"{len(group.trials)} trials together {why}: going on with half as many")
             return group.halves()
-        group.forget()
+        group.pause() if group.state.exists() else group.forget()
         for k, result in over[0].items():
             self.found[group.trials[k].folder] = result
             self.console.finished(group.trials[k], result)
@@ -239,6 +241,7 @@ class Command:
         measured: Mapping[str, float],
         workers: int,
         detached: bool,
+        round: Round | None = None,
     ) -> Self:
         """Writes down what is to be trained.
 
@@ -249,6 +252,7 @@ class Command:
             measured: seconds of a trial, by the folder's name of one of its company.
             workers: among which to share it out.
             detached: the command does not wait for them.
+            round: of a halving: what is to be trained now.
         """
         folder = root / FLEETS / f"{COMMANDS}{uuid.uuid4().hex[:8]}"
         names = {trial.folder.name for trial in missing}
@@ -259,6 +263,7 @@ class Command:
             "workers": workers,
             "detached": detached,
             "measured": measured,
+            "round": {"until": round.until, "ending": round.ending} if round else None,
             "missing": [place for place, trial in enumerate(trials) if trial.folder.name in names],
             "trials": fleets.packed(trials),
         }
@@ -267,12 +272,12 @@ class Command:
 
     def is_cut(self) -> bool:
         """Whether its trials are fleets by now; reads the plan."""
-        if not self.planned:
+        if not self.host:
             with suppress(OSError, ValueError):
                 found = json.loads(storage.content(self.folder / PLAN, storage.LOG_LIMIT))
                 self.planned, self.host = found["fleets"], found["host"]
                 self.order = {name: place for place, name in enumerate(self.planned)}
-        return bool(self.planned)
+        return bool(self.host)
 
     def cut(self, share: float, memory: float | None) -> None:
         """Makes fleets of its trials, as many trials in one as fit into this process's device."""
@@ -289,14 +294,21 @@ class Command:
             most[company] = largest_here(trial, share, memory)
             dataset, _, encoder = prepare(trial)
             inputs[company] = {"data": dataset.sha256, "weights": encoder.sha256}
-        groups = plan(missing, {trial.folder: trial for trial in trials}, lambda trial: most[trial.company])
-        known = {trial.folder.name: trial.company for trial in trials}
-        measured = {known[name]: seconds for name, seconds in self.about["measured"].items() if name in known}
+        known = {trial.folder: trial for trial in trials}
+        recover(self.root)
+        until, ending = None, dict[str, int]()
+        if self.about["round"]:
+            until, ending = self.about["round"]["until"], self.about["round"]["ending"]
+            round = Round(until, [trial for trial in missing if trial.folder.name not in ending], ending)
+            regroup(trials[0].folder.parent, known, round, lambda trial: most_of(trial, lambda one: most[one.company]))
+        groups = plan(missing, known, lambda trial: most[trial.company], until, ending)
+        companies = {trial.folder.name: trial.company for trial in trials}
+        measured = {companies[name]: seconds for name, seconds in self.about["measured"].items() if name in companies}
         planned = {}
         for work in share_out(groups, seconds_of(groups, measured), self.about["workers"]):
             work.group.keep(configs=True)
             names = [trial.folder.name for trial in work.group.trials]
-            company = known[names[0]]
+            company = companies[names[0]]
             planned[work.group.folder.name] = {"seconds": work.seconds, "trials": names, **inputs[company]}
         about = {"host": fleets.process()["host"], "fleets": planned}
         storage.replace(self.folder / PLAN, json.dumps(about).encode(), self.root)

@@ -65,7 +65,9 @@ class Budget:
 
 
 def budgets(panel: Panel) -> list[Budget]:
-    """Of each method that has tried several configs, in the order of methods."""
+    """Of each method that has tried several configs, in the order of methods; none where a halving has stopped some."""
+    if panel.stopped:
+        return []
     configs: dict[str, list[list[Trial]]] = defaultdict(list)
     for curve in panel.curves:
         for factor in range(len(curve.factors_F)):

@@ -72,7 +72,8 @@ def report(options: argparse.Namespace) -> None:
     from delora.report import curves, page, statistics, tables, trials
 
     found = trials.read(options.folders, options.layer)
-    panels = statistics.panels(found.trials, tuple(options.range) if options.range else None, options.select)
+    span = tuple(options.range) if options.range else None
+    panels = statistics.panels(found.trials, span, options.select, found.stopped)
     at = [curves.shown_factor(curve, options.factor) for panel in panels for curve in panel.curves]
     if options.factor is not None and all(place is None for place in at):
         known = ", ".join(tables.number(factor) for factor in sorted({trial.factor for trial in found.trials}))

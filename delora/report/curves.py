@@ -222,12 +222,13 @@ def _pictures(panels: Sequence[Panel], layer: str | None, factor: float | None) 
     whole = panels
     panels, left_out = drawn(panels)
     of_layer = "-" + re.sub(r"[^\w.-]", "x", layer) if layer else ""
-    if any(len(curve.factors_F) > 1 for panel in panels for curve in panel.curves):
-        yield "score_by_factor", _by_rate(panels, "factor", ("score", "drop"), left_out=left_out)
-        yield "score_by_rate", _by_rate(panels, "rate", ("score", "drop"), left_out=left_out)
+    full = [panel for panel in panels if not panel.stopped]
+    if any(len(curve.factors_F) > 1 for panel in full for curve in panel.curves):
+        yield "score_by_factor", _by_rate(full, "factor", ("score", "drop"), left_out=left_out)
+        yield "score_by_rate", _by_rate(full, "rate", ("score", "drop"), left_out=left_out)
         for quantity in ("distance", "change"):
-            if any(getattr(trial, quantity) > 0 for panel in panels for trial in panel.trials):
-                yield f"{quantity}_by_factor{of_layer}", _by_rate(panels, "factor", (quantity,), layer, left_out)
+            if any(getattr(trial, quantity) > 0 for panel in full for trial in panel.trials):
+                yield f"{quantity}_by_factor{of_layer}", _by_rate(full, "factor", (quantity,), layer, left_out)
     if any(len(trial.history) > 1 for panel in panels for trial in panel.trials):
         yield f"training{of_layer}", _over_training(panels, layer, factor, left_out)
     yield from ((f"budget_by_{axis}", figure) for axis in budget.AXES if (figure := _by_budget(whole, axis)))
@@ -438,14 +439,14 @@ def _of_searches(searches: Sequence[History]) -> "Iterator[tuple[str, Figure]]":
         top = np.array([math.nan if best is None else 100 * best for best in search.best_so_far])
         axis.plot(x, top, color=OF_SEARCHES[BEST_SO_FAR].color, linewidth=1.5, drawstyle="steps-post", zorder=3)
         axis.scatter(x, scores, s=14, color=OF_SEARCHES[TRIED].color, linewidths=0, zorder=4)
-        lost = np.array([one.status in ("diverged", "failed") for one in search.tried])
+        lost = np.array([one.status in ("diverged", "stopped", "failed") for one in search.tried])
         axis.scatter(x[lost], np.zeros(lost.sum()), color="#444", transform=axis.get_xaxis_transform(), **LOST)
         axis.set_ylabel(f"validation {METRICS.get(search.metric, search.metric)} (%)")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     note = (
-        "Each config's mean over its seeds. × at the bottom: diverged or failed."
+        "Each config's mean over its seeds. × at the bottom: diverged, stopped or failed."
         if any(len(search.seeds) > 1 for search in searches)
-        else "× at the bottom: diverged or failed."
+        else "× at the bottom: diverged, stopped or failed."
     )
     shares = [f"{key} {share:.2f}" for search in searches for key, share in search.importance.items()]
     note += f" Importance of the keys: {', '.join(shares)}." if shares and len(searches) == 1 else ""

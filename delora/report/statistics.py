@@ -13,7 +13,7 @@ worst drop is a maximum, so that its interval excludes zero for a flat curve too
 import functools
 import itertools
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,6 +111,8 @@ class Panel:
         heads: training the head alone on the frozen encoder, if such trials are there.
         span: the range of factors for worst drop and sensitivity; None if no range is covered by every curve.
         select: how each curve's best rate is chosen.
+        stopped: how many trials a halving has stopped. What depends on trials that lose, as the robustness to the rate
+            and what a budget buys, is then not known, and left out: the others are the best.
     """
 
     task: str
@@ -122,6 +124,7 @@ class Panel:
     heads: list[Curve]
     span: Span | None
     select: Select
+    stopped: int = 0
 
     @property
     def facts(self) -> Task:
@@ -182,13 +185,17 @@ def task_order(task: str) -> int:
     return order.index(task) if task in order else len(order)
 
 
-def panels(trials: Iterable[Trial], span: Span | None = None, select: Select = "pooled") -> list[Panel]:
+def panels(
+    trials: Iterable[Trial], span: Span | None = None, select: Select = "pooled", stopped: Iterable[Trial] = ()
+) -> list[Panel]:
     """Groups trials into panels, in the order of the paper's table, then by encoder.
 
     Args:
         span: the range of factors for worst drop and sensitivity, instead of the widest that all curves cover.
         select: how each curve's best rate is chosen.
+        stopped: the trials that a halving has stopped.
     """
+    lost = Counter(trial.place for trial in stopped)
     by_place: dict[tuple[str, str, str, str], dict[str, list[Trial]]] = defaultdict(lambda: defaultdict(list))
     for trial in trials:
         by_place[trial.place][trial.label].append(trial)
@@ -199,7 +206,8 @@ def panels(trials: Iterable[Trial], span: Span | None = None, select: Select = "
         heads = [c for c in curves if c.trials_at(0)[0].result["parameters"]["adapter"] == 0]
         adapted = [c for c in curves if c not in heads]
         shown, heads = (adapted, heads) if adapted else (heads, [])
-        made.append(Panel(*place, floor, shown, heads, span or common_span(shown), select))
+        whole = None if lost[place] else span or common_span(shown)
+        made.append(Panel(*place, floor, shown, heads, whole, select, lost[place]))
     return made
 
 

@@ -23,7 +23,8 @@ def make(sweep: Path, pictures: Path) -> dict[str, Any]:
     Raises:
         UserError: what `trials.read` raises.
     """
-    panels, searches = statistics.panels(trials.read([sweep]).trials), search.below([sweep])[0]
+    found, searches = trials.read([sweep]), search.below([sweep])[0]
+    panels = statistics.panels(found.trials, stopped=found.stopped)
     made = [*tables.answers(panels), *map(tables.of_search, searches), *tables.all_tables(panels)]
     drawn = curves.draw(panels, pictures, formats=["png"], searches=searches)
     return {

@@ -87,7 +87,8 @@ class Table:
 def all_tables(panels: Sequence[Panel]) -> list[Table]:
     """Every table of a report but `answers`: scores and robustness of each group of panels, then details."""
     kinds = (_scores, _ladder, _robustness, _budgets, _crossings, _medians, _comparisons)
-    made = [table(group) for table in kinds for group in _groups(panels)]
+    full = [panel for panel in panels if not panel.stopped]
+    made = [table(group) for table in kinds for group in _groups(full if table is _robustness else panels)]
     others = [group for group in _groups(panels) if not is_comparable(group)]
     tasks = [task for task in statistics.published()["rows"][0]["scores"] if task in {p.task for p in panels}]
     if others and tasks:
@@ -703,6 +704,10 @@ def notes(found: Collection, panels: Sequence[Panel]) -> list[str]:
         said.append(f"{named}: rows that are as many as GLUE's; the hash of the published ones is not known")
     for panel in panels:
         where = f"{panel.facts.folder}, {panel.model}"
+        if panel.stopped:
+            many = f"a halving has stopped {counted(panel.stopped, 'trial')}"
+            lacks = "no robustness, sensitivity or budget; best scores, and what they cost, are those of the others"
+            said.append(f"{where}: {many}: {lacks}")
         said += [f"{where}: {note}" for note in _doubts([*panel.curves, *panel.heads])]
         said += [f"{where}: methods differ in {key}: {values}" for key, values in _differing(panel).items()]
     return said[: 2 * NOTES] + ([f"and {len(said) - 2 * NOTES} more notes"] if len(said) > 2 * NOTES else [])

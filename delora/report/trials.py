@@ -154,9 +154,10 @@ class Trial:
 
 @dataclass
 class Collection:
-    """The trials of a report, and what is left out of it with the reason."""
+    """The trials of a report, those that a halving has stopped, and what is left out of it with the reason."""
 
     trials: list[Trial] = field(default_factory=list)
+    stopped: list[Trial] = field(default_factory=list)
     left_out: list[tuple[Path, str]] = field(default_factory=list)
 
 
@@ -200,6 +201,10 @@ def read(folders: Sequence[Path], layer: str | None = None) -> Collection:
     for task in {trial.task for trial in made.trials}:
         _tell_apart([trial for trial in made.trials if trial.task == task], "data", "data")
     _name(made.trials)
+    made.stopped = [trial for trial in made.trials if trial.result["status"] == "stopped"]
+    made.trials = [trial for trial in made.trials if trial.result["status"] != "stopped"]
+    if not made.trials:
+        raise UserError(f"{', '.join(map(str, folders))}: a halving has stopped all {len(made.stopped)} trials")
     _leave_out_repeats(made)
     return made
 

@@ -14,7 +14,7 @@ Nothing is written through a link, nothing but regular files is read.
 
 from delora.storage.files import LOG_LIMIT, Folder, ResultsError, content, explain, forget, replace
 from delora.storage.made_by import cpu_name, provenance, versions
-from delora.storage.reading import Found, StoredTrial, find, finished, read, read_tensors, stored_config
+from delora.storage.reading import Found, StoredTrial, evaluations, find, finished, read, read_tensors, stored_config
 from delora.storage.schema import (
     ADAPTER,
     CONFIG,
@@ -36,6 +36,7 @@ from delora.storage.schema import (
     Tokens,
     differences,
     flatten,
+    has_ended,
     is_of,
     share_of_seconds,
     without_hashes,
@@ -73,11 +74,13 @@ __all__ = [
     "content",
     "cpu_name",
     "differences",
+    "evaluations",
     "explain",
     "find",
     "finished",
     "flatten",
     "forget",
+    "has_ended",
     "is_of",
     "lock",
     "open_trial",

@@ -22,6 +22,7 @@ from delora.storage.schema import (
     Step,
     checked,
     differences,
+    has_ended,
     plain,
 )
 
@@ -70,17 +71,35 @@ class StoredTrial:
         return self.result["files"][name]
 
     def _records(self, kind: str, other: str) -> Iterator[Any]:
-        path, other_line = self.folder / METRICS, f'{{"kind": "{other}"'.encode()
-        for number, line in enumerate(self.content(METRICS).splitlines(keepends=True), start=1):
-            if line.startswith(other_line) or not line.endswith(b"\n"):
-                continue  # without its end it was torn off by a kill
-            try:
-                record = json.loads(line)
-                wanted = record["kind"] == kind
-            except (ValueError, KeyError, TypeError, RecursionError):
-                raise ResultsError(f"{path}, line {number}: damaged") from None
-            if wanted:
-                yield record
+        return _records(self.folder / METRICS, self.content(METRICS), kind, other)
+
+
+def _records(path: Path, data: bytes, kind: str, other: str) -> Iterator[Any]:
+    other_line = f'{{"kind": "{other}"'.encode()
+    for number, line in enumerate(data.splitlines(keepends=True), start=1):
+        if line.startswith(other_line) or not line.endswith(b"\n"):
+            continue  # without its end it was torn off by a kill
+        try:
+            record = json.loads(line)
+            wanted = record["kind"] == kind
+        except (ValueError, KeyError, TypeError, RecursionError):
+            raise ResultsError(f"{path}, line {number}: damaged") from None
+        if wanted:
+            yield record
+
+
+def evaluations(folder: Path) -> Iterator[Evaluation]:
+    """The evaluations in order of the trial in a folder, whether it has ended or not.
+
+    Raises:
+        ResultsError: metrics.jsonl is missing or damaged.
+    """
+    path = folder / METRICS
+    try:
+        data = content(path, LOG_LIMIT)
+    except OSError as error:
+        raise ResultsError(f"{path}: {error.strerror or error}") from None
+    return cast(Iterator[Evaluation], _records(path, data, "evaluation", other="step"))
 
 
 @dataclass
@@ -101,7 +120,7 @@ def read(folder: Path | str) -> StoredTrial:
 
 
 def finished(folder: Path | str, config: Mapping[str, Any], ignore: Collection[str] = ()) -> Result | None:
-    """The result in a folder of a trial with this config that is done or diverged; None where there is none.
+    """The result in a folder of a trial with this config that `has_ended`; None where there is none.
 
     Args:
         ignore: dotted keys or groups ("logger") that may differ.
@@ -111,7 +130,7 @@ def finished(folder: Path | str, config: Mapping[str, Any], ignore: Collection[s
     except ResultsError:
         return None
     same = not differences(result["config"], config, ignore)
-    return result if same and result["status"] != "failed" else None
+    return result if same and has_ended(result, config) else None
 
 
 def stored_config(folder: Path | str) -> dict[str, Any] | None:

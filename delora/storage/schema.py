@@ -89,13 +89,14 @@ class Result(TypedDict):
     """result.json. `best` and `last` are null where nothing was scored before the trial broke off.
 
     `files` holds the sha256 of each file beside it that the trial ended with, `sha256` that of all the rest of it.
+    `stopped_epoch` is the rung of the halving that a stopped trial ended at, after its last evaluation.
     `trained_as` is the id of the trial of the sweep whose training was the same, and whose files these are.
     """
 
     schema: int
     id: str
     sweep: str | None
-    status: Literal["done", "diverged", "failed"]
+    status: Literal["done", "diverged", "stopped", "failed"]
     config: dict[str, Any]
     headline: str
     best: Checkpoint | None
@@ -108,6 +109,7 @@ class Result(TypedDict):
     tokens: Tokens
     fleet_size: int
     made_by: MadeBy
+    stopped_epoch: NotRequired[int]
     trained_as: NotRequired[str]
     files: NotRequired[dict[str, str]]
     sha256: NotRequired[str]
@@ -176,8 +178,10 @@ def checked(value: Any) -> Result:
         raise ValueError("; ".join(faults)) from None
     if result["schema"] == SCHEMA and not ("files" in result and result.get("sha256") == digest(value)):
         raise ValueError("damaged: its content has another sha256 than when it was written")
-    if result["status"] == "done" and not (result["best"] and result["last"]):
-        raise ValueError("status is done, but there is no best or last score")
+    if result["status"] in ("done", "stopped") and not (result["best"] and result["last"]):
+        raise ValueError(f"status is {result['status']}, but there is no best or last score")
+    if (result["status"] == "stopped") != ("stopped_epoch" in result):
+        raise ValueError(f"status is {result['status']}, stopped_epoch is {result.get('stopped_epoch')}")
     if (result["status"] == "diverged") != (result["diverged_step"] is not None):
         raise ValueError(f"status is {result['status']}, diverged_step is {result['diverged_step']}")
     for place in ("best", "last"):
@@ -185,6 +189,16 @@ def checked(value: Any) -> Result:
         if checkpoint and result["headline"] not in checkpoint["validation"]:
             raise ValueError(f"{place}.validation lacks the headline metric {result['headline']}")
     return cast(Result, value)
+
+
+def has_ended(result: Result, config: Mapping[str, Any]) -> bool:
+    """Whether a trial with such a result is over for a command with that config of it.
+
+    One that failed is not, nor one that a halving has stopped where the command has another one, or none.
+    """
+    if result["status"] == "stopped":
+        return bool(result["config"].get("halving") == config.get("halving"))
+    return result["status"] != "failed"
 
 
 def digest(result: Mapping[str, Any]) -> str:

@@ -32,6 +32,7 @@ from delora.storage.schema import (
     checked,
     differences,
     digest,
+    has_ended,
     plain,
 )
 
@@ -249,7 +250,7 @@ class TrialFolder:
         except (ValueError, OSError) as error:
             advice = "Choose another name=..., or delete the folder to run the trial anew."
             raise UserError(f"{self.path / RESULT}: {_reason(error)}. {advice}") from None
-        if result["status"] != "failed":
+        if has_ended(result, self.config):
             self.finished, self.left_over = result, False
 
     def _forget_log(self) -> None:
