@@ -64,14 +64,22 @@ def test_the_groups_are_complete():
     assert options["method"] >= {"delora", "lora", "dora", "ether", "etherplus"}
 
 
+SECTIONS = ("fleet:", "halving:", "method:", "search:")
+
+
 def test_every_key_has_one_value_in_conf_and_one_comment():
     optional = {name for name, field in Trial.model_fields.items() if not field.is_required()}
-    assert optional == {"detach", "engine", "search"}  # which results of earlier versions have not, and yet are loaded
+    assert optional == {
+        "detach",
+        "engine",
+        "halving",
+        "search",
+    }  # which results of earlier versions have not, and yet are loaded
     text = (conf_folder() / "config.yaml").read_text()
     knobs = text[text.index("\n\n") : text.index("\n# Hydra")].split("\n")
-    assert all(knob.count("  # ") == 1 for knob in knobs if knob and knob not in ("fleet:", "method:", "search:"))
+    assert all(knob.count("  # ") == 1 for knob in knobs if knob and knob not in SECTIONS)
     top = [knob for knob in knobs if knob and not knob.startswith("  ")]
-    assert len(top) == len(Trial.model_fields) - 5  # six groups, of which config.yaml has a key of the method
+    assert len(top) == len(Trial.model_fields) - 6  # seven groups, of which config.yaml has a key of the method
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -183,6 +191,7 @@ BOUNDS = {  # what is said of the values at each edge and just beyond
     **dict.fromkeys(("model.shape.width", "model.shape.ffn", "model.shape.heads"), WIDTHS),
     **dict.fromkeys(("log_every", "fleet.size", "search.batch"), whole(1, 10**9)),
     "search.trials": whole(1, 100_000),
+    "halving.keep": {0.0: "must be above 0", NEXT_TO_0: None, NEXT_TO_1: None, 1.0: "must be below 1"},
     "method.neumann_terms": whole(3, 100),
     "epochs": whole(1, 10**5),
     "max_length": whole(8, 10**5),
