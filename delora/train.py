@@ -206,12 +206,13 @@ def train(
         if not optimizer.alive_K.any():
             break
 
+    pauses = checkpoints is not None and until is not None and not stop and bool(optimizer.alive_K.any())
+    if not pauses:
+        _score_final(fleet, data, state)
     if fleet.checksum() != frozen:
         raise RuntimeError("a frozen weight of the encoder changed during training")
-    if checkpoints and until is not None and not stop and optimizer.alive_K.any():
+    if checkpoints and pauses:
         checkpoints.save(state)
-    else:
-        _score_final(fleet, data, state)
     return state.outcomes, state.totals
 
 
